@@ -1,0 +1,49 @@
+# The one entry point, the same for a person, a commit hook and CI. `make` alone lists what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# The same constraints hold while pip builds the project itself.
+export PIP_CONSTRAINT := $(abspath constraints.txt)
+export ORT_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+run: $(VENV)/.serve ## serve the models of models/ on http://127.0.0.1:8000 (CONVOY_PORT=9000 make run)
+	@exec $(BIN)/convoy serve
+
+test: $(VENV)/.dev lint ## lint, type-check and run the whole test suite
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## measure the service here: throughput, latency, and against the bare loop
+	$(BIN)/python -m benchmarks.serving
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) (once) …"
+	$(PIP_INSTALL) --editable '.[cpu]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) for development (once) …"
+	$(PIP_INSTALL) --editable '.[cpu,train,dev]'
+	@touch $(VENV)/.serve $@

@@ -1,0 +1,295 @@
+"""The batcher: when a batch closes, who is in it, who is dropped.
+
+Jobs wait in one line; each session has a thread that takes what waits when the session is free (pull, never poll),
+runs it, and hands all answers to the event loop in one crossing. Owns threads and the line; knows nothing of HTTP,
+images or files.
+
+    event loop                         session threads (one per session)
+    ----------                         ---------------------------------
+    submit(job) ──> [ job job job ] ──> take() ── slices of up to max_batch rows
+    abandon(job) ──x                    session.run()
+    _deliver(batch) <── call_soon_threadsafe ──┘
+
+A job belongs to the event loop, except `taken`, which the line's lock guards, and the rows of `scores` that a batch
+has taken, which its session thread alone writes until it hands them back.
+"""
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.errors import ConvoyError, InferenceError, UnavailableError
+from app.metrics import ModelMetrics
+from app.sessions import Session
+
+Clock = Callable[[], float]
+
+
+class Job:
+    """One request's rows on their way through the sessions.
+
+    Attributes:
+        pixels: uint8 `[n, height, width, 3]`.
+        deadline: clock time after which nobody wants the answer, seconds.
+        answer: the future that gets float32 `[n, classes]` or the job's error.
+        taken: rows that a session has taken so far.
+        returned: rows whose batch has come back.
+        queued_s, infer_s: waiting time up to the first run, and longest run, seconds.
+    """
+
+    __slots__ = ("answer", "deadline", "infer_s", "pixels", "queued_at", "queued_s", "returned", "scores", "taken")
+
+    def __init__(self, pixels: NDArray[np.uint8], deadline: float, answer: asyncio.Future[NDArray[np.float32]]) -> None:
+        self.pixels = pixels
+        self.deadline = deadline
+        self.answer = answer
+        self.scores: NDArray[np.float32] | None = None
+        self.taken = 0
+        self.returned = 0
+        self.queued_at = 0.0
+        self.queued_s = 0.0
+        self.infer_s = 0.0
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that no session has taken yet."""
+        return len(self.pixels) - self.taken
+
+
+@dataclass(slots=True)
+class Slice:
+    """Rows `start` to `stop` of one job, in one batch; `scores` or `error` once they ran."""
+
+    job: Job
+    start: int
+    stop: int
+    scores: NDArray[np.float32] | None = None
+    error: ConvoyError | None = None
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """This slice's rows, uint8 `[stop - start, height, width, 3]`."""
+        return self.job.pixels[self.start : self.stop]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one session runs at once."""
+
+    taken_at: float
+    slices: list[Slice] = field(default_factory=list)
+    rows: int = 0
+    infer_s: float = 0.0
+
+    def add(self, job: Job, rows: int) -> None:
+        """Take the next `rows` rows of `job`."""
+        self.slices.append(Slice(job, job.taken, job.taken + rows))
+        job.taken += rows
+        self.rows += rows
+
+
+class Line:
+    """The jobs that wait, first come first served; the only thing that both sides touch."""
+
+    def __init__(self, max_batch: int, linger_s: float, clock: Clock = time.monotonic) -> None:
+        self._max_batch = max_batch
+        self._linger_s = linger_s
+        self._clock = clock
+        self._jobs: OrderedDict[Job, None] = OrderedDict()
+        self._changed = threading.Condition()
+        self._closed = False
+        self.rows = 0
+
+    def append(self, job: Job) -> None:
+        """Put a job at the end."""
+        with self._changed:
+            if self._closed:
+                raise UnavailableError("The model is being unloaded; try again.")
+            job.queued_at = self._clock()
+            self._jobs[job] = None
+            self.rows += job.waiting_rows
+            self._changed.notify()
+
+    def remove(self, job: Job) -> None:
+        """Take a job out, if it waits; its rows that a session already has still run."""
+        with self._changed:
+            self._remove(job)
+
+    def take(self) -> Batch | None:
+        """Wait for work and return the next batch; None when the line is closed and empty.
+
+        Blocks the calling thread. With a linger, a batch that is not full waits until its oldest job has been here
+        for that long.
+        """
+        with self._changed:
+            while True:
+                head = self._head()
+                if head is None:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+                elif (patience := self._patience(head)) > 0:
+                    self._changed.wait(patience)
+                else:
+                    return self._next_batch()
+
+    def close(self) -> None:
+        """Refuse new jobs; takers finish what waits, then get None."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _head(self) -> Job | None:
+        """Return the first job that is still wanted; expired ones before it are forgotten.
+
+        Whoever awaits an expired job has a timer of its own, so nothing has to be told.
+        """
+        while self._jobs:
+            job = next(iter(self._jobs))
+            if job.deadline > self._clock():
+                return job
+            self._remove(job)
+        return None
+
+    def _patience(self, head: Job) -> float:
+        """Seconds that the next batch may still wait to fill up."""
+        if not self._linger_s or self._closed or self.rows >= self._max_batch:
+            return 0.0
+        return head.queued_at + self._linger_s - self._clock()
+
+    def _next_batch(self) -> Batch:
+        batch = Batch(taken_at=self._clock())
+        while batch.rows < self._max_batch and (job := self._head()) is not None:
+            rows = min(job.waiting_rows, self._max_batch - batch.rows)
+            batch.add(job, rows)
+            self.rows -= rows
+            if not job.waiting_rows:
+                del self._jobs[job]
+        if self._jobs:
+            self._changed.notify()
+        return batch
+
+    def _remove(self, job: Job) -> None:
+        if job in self._jobs:
+            del self._jobs[job]
+            self.rows -= job.waiting_rows
+
+
+class Batcher:
+    """The sessions of one model, each with its thread, fed from one line."""
+
+    def __init__(
+        self,
+        sessions: Sequence[Session],
+        *,
+        max_batch: int,
+        linger_s: float,
+        loop: asyncio.AbstractEventLoop,
+        metrics: ModelMetrics,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._line = Line(max_batch, linger_s, clock)
+        self._loop = loop
+        self._metrics = metrics
+        self._clock = clock
+        metrics.watch_queue(lambda: self._line.rows)
+        self._threads = [
+            threading.Thread(
+                target=self._serve_loop, args=(session, number), name=f"{metrics.model}-session-{number}", daemon=True
+            )
+            for number, session in enumerate(sessions)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, pixels: NDArray[np.uint8], deadline: float) -> Job:
+        """Put rows in line, to be batched with whatever else waits. Call on the event loop.
+
+        Args:
+            pixels: uint8 `[n, height, width, 3]`; more than `max_batch` rows run as several batches.
+            deadline: clock time after which the rows are not run any more, seconds.
+
+        Returns:
+            The job; await its `answer` (float32 `[n, classes]`, or InferenceError), and abandon it if you give up.
+
+        Raises:
+            UnavailableError: the batcher is closed.
+        """
+        job = Job(pixels, deadline, self._loop.create_future())
+        self._line.append(job)
+        return job
+
+    def abandon(self, job: Job) -> None:
+        """Forget the rows of a job that no session has taken yet; harmless when it is done."""
+        self._line.remove(job)
+
+    def close(self) -> None:
+        """Finish what waits and stop the threads; blocks until they have ended."""
+        self._line.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve_loop(self, session: Session, number: int) -> None:
+        busy = self._metrics.busy(session.provider, number)
+        while (batch := self._line.take()) is not None:
+            started = self._clock()
+            _run(session, batch)
+            batch.infer_s = self._clock() - started
+            busy.inc(batch.infer_s)
+            self._metrics.batch_size.observe(batch.rows)
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, batch)
+            except RuntimeError:  # the loop is closed: nobody waits for an answer any more
+                return
+
+    def _deliver(self, batch: Batch) -> None:
+        """Give every job of a batch its rows; runs on the event loop."""
+        for part in batch.slices:
+            job = part.job
+            if job.returned == 0:
+                job.queued_s = batch.taken_at - job.queued_at
+            job.returned += part.stop - part.start
+            job.infer_s = max(job.infer_s, batch.infer_s)
+            if not job.answer.done():  # done: cancelled, or another slice of it failed
+                _settle(job, part)
+
+
+def _settle(job: Job, part: Slice) -> None:
+    if part.error is not None:
+        job.answer.set_exception(part.error)
+        return
+    assert part.scores is not None, "a slice that ran has scores or an error"
+    if len(part.scores) == len(job.pixels):
+        job.scores = part.scores
+    else:
+        if job.scores is None:
+            job.scores = np.empty((len(job.pixels), part.scores.shape[1]), np.float32)
+        job.scores[part.start : part.stop] = part.scores
+    if job.returned == len(job.pixels):
+        job.answer.set_result(job.scores)
+
+
+def _run(session: Session, batch: Batch) -> None:
+    """Run a batch; where it fails, run its jobs one by one, so that only the guilty one fails."""
+    parts = batch.slices
+    pixels = parts[0].pixels if len(parts) == 1 else np.concatenate([part.pixels for part in parts])
+    try:
+        scores = session.run(pixels)
+    except Exception as error:  # whatever a session raises becomes the job's answer, never the thread's end
+        if len(parts) == 1:
+            parts[0].error = InferenceError(f"The model failed on this request: {error}")
+            return
+        for part in parts:
+            _run(session, Batch(batch.taken_at, [part], part.stop - part.start))
+        return
+    row = 0
+    for part in parts:
+        rows = part.stop - part.start
+        part.scores = scores[row : row + rows]
+        row += rows

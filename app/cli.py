@@ -1,0 +1,126 @@
+"""The command `convoy`: serve, predict, health. Parses words, prints answers; the work is elsewhere."""
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from app import __version__
+from app.errors import ConvoyError
+from app.settings import Settings, flag_of, variable_of
+
+EXIT_USAGE = 2
+PREDICT_SETTINGS = ("models", "device", "default_model", "max_image_pixels")
+HEALTH_SETTINGS = ("host", "port")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status: 0, 1 for a negative answer, 2 for a fault that the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except ConvoyError as error:
+        print(f"convoy: {error.message}", file=sys.stderr)
+        return EXIT_USAGE
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="convoy", description="Serve convolutional image classifiers.")
+    parser.add_argument("--version", action="version", version=f"convoy {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="answer over HTTP", description="Serve the models over HTTP.")
+    _add_settings(serve, Settings.model_fields)
+    serve.set_defaults(run=_serve)
+
+    predict = commands.add_parser(
+        "predict", help="classify image files without a server", description="Classify image files, without a server."
+    )
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    predict.add_argument("--model", help="which model; default: the default model")
+    predict.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image (default: 5)")
+    predict.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    _add_settings(predict, PREDICT_SETTINGS)
+    predict.set_defaults(run=_predict)
+
+    health = commands.add_parser(
+        "health", help="exit 0 if the service is ready", description="Ask a running service whether it is ready."
+    )
+    _add_settings(health, HEALTH_SETTINGS)
+    health.set_defaults(run=_health)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str, Any]) -> None:
+    """Add a flag for each setting; what is not given stays out of the namespace, so that the environment counts."""
+    group = parser.add_argument_group("settings", "Each is also an environment variable: --port is CONVOY_PORT.")
+    for name in names:
+        field = Settings.model_fields[name]
+        description = f"{field.description} (default: {field.default})".replace("%", "%%")
+        dest = f"setting_{name}"
+        if field.annotation is bool:
+            group.add_argument(
+                flag_of(name),
+                dest=dest,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=description,
+            )
+        else:
+            metavar = variable_of(name).removeprefix("CONVOY_")
+            group.add_argument(flag_of(name), dest=dest, default=argparse.SUPPRESS, metavar=metavar, help=description)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    flags = {
+        name.removeprefix("setting_"): value for name, value in vars(options).items() if name.startswith("setting_")
+    }
+    return Settings.from_sources(os.environ, flags)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from app import logs, service
+
+    settings = _settings(options)
+    logs.configure(settings.log_format, settings.log_level)
+    service.serve(settings)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from app.offline import Classifier, image_files
+    from app.terminal import print_json, print_table
+
+    files = image_files(options.images)
+    classifier = Classifier(_settings(options), options.model)
+    k = min(max(1, options.top_k), len(classifier.bundle.manifest.labels))
+    answers = classifier.classify(files, k)
+    show = print_json if options.json else print_table
+    failures = show(answers, len(files))
+    return 1 if failures else 0
+
+
+def _health(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/readyz"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        answer = json.load(error)
+    except OSError as error:
+        print(f"not ready: {url} does not answer: {error}")
+        return 1
+    print("ready" if answer["ready"] else f"not ready: {answer['reason']}")
+    return 0 if answer["ready"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

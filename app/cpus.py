@@ -1,0 +1,33 @@
+"""How many processors this process may really use.
+
+Affinity and control-group quotas, versions 1 and 2; the host's count only bounds them. ONNX Runtime looks at neither
+(measured: 2 threads under `taskset -c 0`), so every thread count of the service starts here.
+"""
+
+import math
+import os
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+def usable_cpus(cgroup_root: Path = CGROUP_ROOT) -> int:
+    """Return the number of processors to plan threads for: at least 1, quota rounded up, never above the affinity."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_quota(cgroup_root)
+    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+def cgroup_quota(root: Path = CGROUP_ROOT) -> float | None:
+    """Return the control group's CPU quota in processors (1.5 = one and a half), or None where there is none."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        microseconds = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        period_microseconds = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if microseconds <= 0 else microseconds / period_microseconds

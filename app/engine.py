@@ -1,0 +1,243 @@
+"""The engine: how much work may be inside, until when, and the way of one request through the stages.
+
+`Engine` is the seam between every front (HTTP now, gRPC and front processes later) and the work. Owns admission,
+deadlines and the decode pool; knows nothing of HTTP.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.errors import ConvoyError, DeadlineError, QueueFullError
+from app.images import decode
+from app.metrics import Metrics
+from app.repository import LoadedModel, Repository
+
+RATE_WINDOW_S = 5.0
+MAX_RETRY_AFTER_S = 30
+
+
+@dataclass(slots=True)
+class Stages:
+    """Time that one request spent in each stage, seconds, and the stage that it is in."""
+
+    now_in: str = "decode"
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    infer_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer to one request: float32 `[n, classes]`, in the order of its images."""
+
+    model: LoadedModel
+    probabilities: NDArray[np.float32]
+    stages: Stages
+
+
+class DrainRate:
+    """Images finished per second, weighted towards the last few seconds."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._at = time.monotonic()
+
+    def add(self, images: int) -> None:
+        """Count images that were just finished."""
+        self._rate = self.per_second() + images / RATE_WINDOW_S
+        self._at = time.monotonic()
+
+    def per_second(self) -> float:
+        """Return the rate now; it fades while nothing finishes."""
+        return self._rate * math.exp((self._at - time.monotonic()) / RATE_WINDOW_S)
+
+
+class Admission:
+    """The one bounded resource: images and body bytes inside. Used on the event loop only."""
+
+    def __init__(self, max_images: int, max_bytes: int, metrics: Metrics) -> None:
+        self.max_images = max_images
+        self.max_bytes = max_bytes
+        self.images = 0
+        self.bytes = 0
+        self.rate = DrainRate()
+        metrics.inflight_images.set_function(lambda: self.images)
+        metrics.inflight_bytes.set_function(lambda: self.bytes)
+
+    def retry_after_s(self) -> int:
+        """Return how long it takes to drain what is inside at the measured rate, whole seconds from 1 to 30."""
+        rate = self.rate.per_second()
+        seconds = self.images / rate if rate > 0 else 1
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds)))
+
+
+class Ticket:
+    """What one request holds of the admission; given back when the `with` block ends."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.images = 0
+        self.bytes = 0
+
+    def hold_bytes(self, count: int) -> None:
+        """Hold `count` more bytes of body.
+
+        Raises:
+            QueueFullError: they do not fit.
+        """
+        admission = self._admission
+        if admission.bytes + count > admission.max_bytes:
+            raise QueueFullError(
+                "The service is full: it holds as many bytes of images as it may.",
+                retry_after_s=admission.retry_after_s(),
+            )
+        admission.bytes += count
+        self.bytes += count
+
+    def hold_images(self, count: int) -> None:
+        """Hold `count` images.
+
+        Raises:
+            QueueFullError: they do not fit.
+        """
+        admission = self._admission
+        if admission.images + count > admission.max_images:
+            raise QueueFullError(
+                f"The service is full: {admission.images} images are inside, {admission.max_images} may be.",
+                retry_after_s=admission.retry_after_s(),
+            )
+        admission.images += count
+        self.images += count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._admission.images -= self.images
+        self._admission.bytes -= self.bytes
+        if kind is None and self.images:
+            self._admission.rate.add(self.images)
+
+
+class Engine(Protocol):
+    """What a front may ask for."""
+
+    def model(self, name: str | None) -> LoadedModel:
+        """Return a model that takes work, or raise UnknownModelError or UnavailableError; None: the default one."""
+        ...
+
+    def admit(self) -> Ticket:
+        """Return a ticket for one request, to be used in a `with` block."""
+        ...
+
+    async def classify(
+        self, model: LoadedModel, images: Sequence[bytes], deadline: float, ticket: Ticket
+    ) -> Prediction:
+        """Decode and classify encoded images.
+
+        Args:
+            model: from `model()`.
+            images: encoded images, at least one.
+            deadline: `time.monotonic()` after which the answer is worthless, seconds.
+            ticket: the request's own.
+
+        Returns:
+            Probabilities in the order of the images.
+
+        Raises:
+            QueueFullError: the images do not fit in.
+            BadImageError, TooLargeError: an image is refused; with several images the sentence names its index.
+            DeadlineError: the deadline passed first.
+            InferenceError: the session failed on these images.
+        """
+        ...
+
+
+class LocalEngine:
+    """The engine inside this process: a decode pool and the repository's batchers."""
+
+    def __init__(
+        self, repository: Repository, admission: Admission, *, decode_threads: int, max_image_pixels: int
+    ) -> None:
+        self._repository = repository
+        self._admission = admission
+        self._max_image_pixels = max_image_pixels
+        self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+
+    def model(self, name: str | None) -> LoadedModel:
+        """See `Engine.model`."""
+        return self._repository.get(name)
+
+    def admit(self) -> Ticket:
+        """See `Engine.admit`."""
+        return Ticket(self._admission)
+
+    async def classify(
+        self, model: LoadedModel, images: Sequence[bytes], deadline: float, ticket: Ticket
+    ) -> Prediction:
+        """See `Engine.classify`."""
+        ticket.hold_images(len(images))
+        stages = Stages()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                pixels = await self._decode(model, images, stages)
+                probabilities = await self._infer(model, pixels, deadline, stages)
+        except TimeoutError:
+            model.metrics.dropped(stages.now_in, "deadline")
+            raise DeadlineError(f"The deadline passed in the stage '{stages.now_in}'.") from None
+        except asyncio.CancelledError:
+            model.metrics.dropped(stages.now_in, "disconnected")
+            raise
+        observe(model, stages, len(images))
+        return Prediction(model, probabilities, stages)
+
+    def close(self) -> None:
+        """Stop the decode pool; blocks until running decodes have ended."""
+        self._decoders.shutdown(cancel_futures=True)
+
+    async def _decode(self, model: LoadedModel, images: Sequence[bytes], stages: Stages) -> NDArray[np.uint8]:
+        """Decode all images in the pool; on cancellation those that have not started never do."""
+        started = time.monotonic()
+        recipe, loop = model.manifest.pixels, asyncio.get_running_loop()
+        waiting = [
+            loop.run_in_executor(self._decoders, decode, image, recipe, self._max_image_pixels) for image in images
+        ]
+        decoded = await asyncio.gather(*waiting, return_exceptions=True)
+        stages.decode_s = time.monotonic() - started
+        for index, result in enumerate(decoded):
+            if isinstance(result, ConvoyError):
+                raise result if len(images) == 1 else result.prefixed(f"images[{index}]")
+            if isinstance(result, BaseException):
+                raise result
+        return np.stack(decoded)  # type: ignore[arg-type]  # no exception is left in it
+
+    async def _infer(
+        self, model: LoadedModel, pixels: NDArray[np.uint8], deadline: float, stages: Stages
+    ) -> NDArray[np.float32]:
+        stages.now_in = "queue"
+        job = model.batcher.submit(pixels, deadline)
+        try:
+            return await job.answer
+        finally:
+            stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
+            if job.taken:
+                stages.now_in = "infer"
+            model.batcher.abandon(job)
+
+
+def observe(model: LoadedModel, stages: Stages, images: int) -> None:
+    """Show a finished request's stages and images in the model's metrics."""
+    metrics = model.metrics
+    metrics.decode.observe(stages.decode_s)
+    metrics.queue.observe(stages.queue_s)
+    metrics.infer.observe(stages.infer_s)
+    metrics.images.inc(images)

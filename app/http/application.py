@@ -1,0 +1,49 @@
+"""The FastAPI application, assembled from its routes. A pure function of what it is given."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.responses import RedirectResponse, Response
+
+from app import __version__
+from app.engine import Engine
+from app.http import errors, health, models, predict
+from app.http.bodies import BodyLimits
+from app.http.observe import Observe
+from app.metrics import Metrics
+from app.repository import Repository
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+DESCRIPTION = """
+Post an image, get labels and probabilities. Every error is `{"error": "<one sentence>", "code": "<reason>"}`.
+"""
+
+
+def create_app(
+    *,
+    engine: Engine,
+    repository: Repository,
+    metrics: Metrics,
+    why_not_ready: health.WhyNotReady,
+    limits: BodyLimits,
+    request_timeout_ms: int,
+    access_log: bool,
+    lifespan: Lifespan,
+) -> FastAPI:
+    """Return the application over an engine and a repository; `lifespan` starts and stops them."""
+    # FastAPI's own /docs loads its scripts from a public CDN: blank in a closed network.
+    app = FastAPIOffline(title="Convoy", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app.add_middleware(Observe, metrics=metrics, access_log=access_log)
+    errors.install(app)
+    app.include_router(predict.routes(predict.Predictor(engine, limits, request_timeout_ms)))
+    app.include_router(models.routes(repository))
+    app.include_router(health.routes(repository, metrics, why_not_ready))
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("/docs")
+
+    return app

@@ -1,0 +1,57 @@
+"""Logs: one JSON object a line for machines, one readable line on a terminal.
+
+Owns the format; what is worth a line is decided where it happens, with `extra={…}` for its fields.
+"""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_PLAIN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+
+
+def configure(log_format: str, level: str) -> None:
+    """Send every log line to standard error in the given format: auto, json or text."""
+    if log_format == "auto":
+        log_format = "text" if sys.stderr.isatty() else "json"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # uvicorn's own story (started, waiting, finished) repeats ours.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what a caller added with `extra`."""
+    return {name: value for name, value in vars(record).items() if name not in _PLAIN_FIELDS}
+
+
+class JsonFormatter(logging.Formatter):
+    """`{"time": RFC 3339 UTC, "level", "logger", "message", …fields}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **fields_of(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """`12:00:00 info message key=value …`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one readable line."""
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        fields = " ".join(f"{name}={value}" for name, value in fields_of(record).items())
+        line = f"{clock} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line

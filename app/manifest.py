@@ -1,0 +1,307 @@
+"""The bundle: what training and serving promise each other.
+
+A bundle is a directory `<name>/<version>/` with `model.onnx`, `model.json` (the manifest, whose fields this module
+defines) and `golden/` (encoded images and the probabilities they must give). This room reads, checks and writes
+bundles; it never runs a model and never sees a request.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from app.errors import BundleError
+
+MANIFEST_FILE = "model.json"
+MODEL_FILE = "model.onnx"
+GOLDEN_DIRECTORY = "golden"
+PROBABILITIES_FILE = "golden/probabilities.npy"
+
+INPUT_NAME = "image"
+"""Graph input: uint8 `[N, height, width, 3]`, RGB, 0–255."""
+OUTPUT_NAME = "probabilities"
+"""Graph output: float32 `[N, classes]`, each row sums to 1."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+RelativeFile = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")]
+
+
+class _Record(BaseModel):
+    """Immutable, and an unknown field is an error: a misspelt promise is no promise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PixelRecipe(_Record):
+    """How an encoded image becomes the uint8 `[height, width, 3]` array that the graph takes.
+
+    The short side is resized to `resize_short_side`, then the centre `height` × `width` is cropped. Everything after
+    that (scaling, mean and deviation, layout) is in the graph. `app/images.py` is the one implementation.
+    """
+
+    height: int = Field(ge=1, le=4096, description="Rows of the graph's input, pixels.")
+    width: int = Field(ge=1, le=4096, description="Columns of the graph's input, pixels.")
+    resize_short_side: int = Field(ge=1, le=8192, description="Short side after the resize, pixels.")
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    colour: Literal["RGB"] = "RGB"
+    exif: Literal["apply", "ignore"] = Field(
+        default="apply", description="Whether the camera's orientation tag turns the picture upright."
+    )
+    min_decode_ratio: float = Field(
+        default=2.0,
+        ge=0,
+        description="A JPEG may be decoded at 1/2, 1/4 or 1/8 scale while its short side stays at least this many "
+        "times resize_short_side; 0 always decodes in full.",
+    )
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.resize_short_side < max(self.height, self.width):
+            raise ValueError(
+                f"resize_short_side {self.resize_short_side} is smaller than the {self.height}×{self.width} crop"
+            )
+        return self
+
+
+class ModelFile(_Record):
+    """The ONNX file and the digest that identifies it."""
+
+    file: RelativeFile = MODEL_FILE
+    sha256: Sha256
+    size_bytes: int = Field(ge=1)
+    opset: int = Field(ge=1)
+
+
+class GoldenImage(_Record):
+    """One encoded image that the model must still classify as `label`."""
+
+    file: RelativeFile
+    sha256: Sha256
+    label: str
+
+
+class GoldenSet(_Record):
+    """Images and the probabilities that they must give, float32 `[images, classes]`, within `tolerance`."""
+
+    images: tuple[GoldenImage, ...] = Field(min_length=1)
+    probabilities: RelativeFile = PROBABILITIES_FILE
+    probabilities_sha256: Sha256
+    tolerance: float = Field(gt=0, le=0.1, description="Largest allowed absolute difference of a probability.")
+
+
+class Provenance(_Record):
+    """Where the weights come from and under which terms they may be used."""
+
+    source: str
+    licence: str
+    command: str = Field(description="The command that wrote this bundle.")
+    created: str = Field(description="UTC date, ISO 8601.")
+
+
+class Manifest(_Record):
+    """`model.json`: everything about a model that is not in its graph."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    version: Version
+    description: str
+    pixels: PixelRecipe
+    labels: tuple[str, ...] = Field(min_length=2)
+    model: ModelFile
+    golden: GoldenSet
+    training: dict[str, JsonValue] = Field(default_factory=dict, description="Recipe and history, for people.")
+    evaluation: dict[str, JsonValue] = Field(default_factory=dict, description="Figures, and on what measured.")
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        if any(not label.strip() for label in self.labels):
+            raise ValueError("a label is empty")
+        if len(set(self.labels)) != len(self.labels):
+            twice = next(label for label in self.labels if self.labels.count(label) > 1)
+            raise ValueError(f"the label '{twice}' stands twice")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle directory whose manifest has been read; its files are checked by `verify_files`."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file."""
+        return self.directory / self.manifest.model.file
+
+    def golden_bytes(self) -> list[bytes]:
+        """Return the golden images, encoded, in manifest order."""
+        return [(self.directory / image.file).read_bytes() for image in self.manifest.golden.images]
+
+    def golden_probabilities(self) -> NDArray[np.float32]:
+        """Return the expected probabilities, float32 `[images, classes]`.
+
+        Raises:
+            BundleError: the array's shape or dtype does not fit the manifest.
+        """
+        path = self.directory / self.manifest.golden.probabilities
+        try:
+            expected: NDArray[np.float32] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BundleError(f"{path} is not a readable NumPy file: {error}.") from error
+        shape = (len(self.manifest.golden.images), len(self.manifest.labels))
+        if expected.shape != shape or expected.dtype != np.float32:
+            raise BundleError(
+                f"{path} holds {expected.dtype}{list(expected.shape)}, but the manifest's images and labels "
+                f"need float32{list(shape)}."
+            )
+        return expected
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """Read a bundle's manifest, without touching its other files.
+
+    Raises:
+        BundleError: the manifest is missing, not JSON, or breaks a rule; the sentence names file and field.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing, so {directory} is not a bundle.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}.") from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {_first_problem(error)}.") from error
+    return Bundle(directory, manifest)
+
+
+def verify_files(bundle: Bundle) -> None:
+    """Check that every file which the manifest names is there, whole and unaltered.
+
+    Raises:
+        BundleError: a file is missing or its SHA-256 differs; the sentence names it.
+    """
+    manifest = bundle.manifest
+    expected = {manifest.model.file: manifest.model.sha256}
+    expected |= {image.file: image.sha256 for image in manifest.golden.images}
+    expected[manifest.golden.probabilities] = manifest.golden.probabilities_sha256
+    for file, digest in expected.items():
+        path = bundle.directory / file
+        if not path.is_file():
+            raise BundleError(f"{path} is missing.")
+        found = sha256_of(path)
+        if found != digest:
+            raise BundleError(
+                f"{path} is not the file that was exported: its SHA-256 starts {found[:12]}, "
+                f"the manifest says {digest[:12]}."
+            )
+    unknown = {image.label for image in manifest.golden.images} - set(manifest.labels)
+    if unknown:
+        raise BundleError(
+            f"{bundle.directory / MANIFEST_FILE}: the golden label '{min(unknown)}' is not among the labels."
+        )
+
+
+def write_bundle(
+    target: Path,
+    manifest: Mapping[str, Any],
+    model: Path,
+    golden: Mapping[str, bytes],
+    probabilities: NDArray[np.float32],
+    check: Callable[[Bundle], object] | None = None,
+) -> Bundle:
+    """Write a bundle in one step: it is complete and checked at `target`, or nothing there has changed.
+
+    Args:
+        target: the directory `<name>/<version>` to create; an earlier bundle there is replaced.
+        manifest: the manifest's fields except `model` and `golden`, plus `opset`, `tolerance` and `golden_labels`
+            (the expected label of each golden image, in order).
+        model: the ONNX file, copied into the bundle.
+        golden: file name → encoded image, in the order of `probabilities`.
+        probabilities: float32 `[images, classes]`, what the golden images must give.
+        check: called with the complete bundle before it takes its place; what it raises keeps the bundle out.
+
+    Raises:
+        BundleError: the fields do not make a valid manifest.
+    """
+    fields = dict(manifest)
+    opset, tolerance, golden_labels = (
+        fields.pop("opset"),
+        fields.pop("tolerance"),
+        fields.pop("golden_labels"),
+    )
+    is_new_name = not target.parent.exists()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        scratch.chmod(0o755)
+        (scratch / GOLDEN_DIRECTORY).mkdir()
+        shutil.copyfile(model, scratch / MODEL_FILE)
+        np.save(scratch / PROBABILITIES_FILE, probabilities.astype(np.float32, copy=False))
+        images = []
+        for (name, data), label in zip(golden.items(), golden_labels, strict=True):
+            file = f"{GOLDEN_DIRECTORY}/{name}"
+            (scratch / file).write_bytes(data)
+            images.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "label": label})
+        fields["model"] = {
+            "sha256": sha256_of(scratch / MODEL_FILE),
+            "size_bytes": (scratch / MODEL_FILE).stat().st_size,
+            "opset": opset,
+        }
+        fields["golden"] = {
+            "images": images,
+            "probabilities_sha256": sha256_of(scratch / PROBABILITIES_FILE),
+            "tolerance": tolerance,
+        }
+        try:
+            record = Manifest.model_validate(fields)
+        except ValidationError as error:
+            raise BundleError(f"The bundle for {target} has no valid manifest: {_first_problem(error)}.") from error
+        text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        (scratch / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        if check is not None:
+            check(Bundle(scratch, record))
+        _replace_directory(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if is_new_name and not target.exists():
+            target.parent.rmdir()
+    return Bundle(target, record)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the file's SHA-256 as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace_directory(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.replace(old / "bundle")
+    scratch.replace(target)
+    shutil.rmtree(old)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Say the first thing that pydantic found wrong: the field, then the reason, without its own prefixes."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {reason}" if field else reason

@@ -1,0 +1,134 @@
+"""Every knob of the service: name with unit, default, why.
+
+One field here is a flag (`--max-batch`), an environment variable (`CONVOY_MAX_BATCH`) and a row of docs/settings.md.
+Flags win over the environment. An unknown `CONVOY_` name is an error, never ignored.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "CONVOY_"
+
+
+class Settings(BaseModel):
+    """The service's settings, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on. Containers set 0.0.0.0; a laptop stays private."
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    models: Path = Field(default=Path("models"), description="Directory of bundles: <name>/<version>/model.json.")
+    default_model: str = Field(
+        default="imagenet", description="The model of POST /predict; where there is just one model, that one is meant."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="cuda means CUDA or no start; auto takes CUDA where it works and says what it took."
+    )
+    sessions: int = Field(
+        default=0, ge=0, le=256, description="Sessions per model, each with a thread of its own; 0: one per usable CPU."
+    )
+    threads_per_session: int = Field(
+        default=1, ge=1, le=256, description="Threads inside a session. Many sessions of one beat one of many on CPU."
+    )
+    max_batch: int = Field(
+        default=16, ge=1, le=1024, description="Images per session run at most; larger batches leave a CPU's cache."
+    )
+    linger_ms: float = Field(
+        default=0.0, ge=0, le=1000, description="Wait this long for a batch to fill. 0: run what waits when free."
+    )
+    decode_threads: int = Field(default=0, ge=0, le=256, description="Threads that decode; 0: one per usable CPU.")
+    max_inflight_images: int = Field(
+        default=256, ge=1, description="Images inside the service at once; beyond it requests get 429."
+    )
+    max_inflight_bytes: int = Field(
+        default=256_000_000, ge=1, description="Bytes of request bodies held at once; beyond it requests get 429."
+    )
+    max_body_bytes: int = Field(default=32_000_000, ge=1, description="Largest request body; larger ones get 413.")
+    max_images_per_request: int = Field(default=64, ge=1, description="Images in one request; more get 413.")
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, description="Pixels of one image, by its header, before decoding; more get 413."
+    )
+    request_timeout_ms: int = Field(
+        default=30_000,
+        ge=1,
+        description="Deadline of a request, from its headers to its answer; Timeout-Ms shortens it.",
+    )
+    keep_alive_s: int = Field(
+        default=75,
+        ge=1,
+        description="Idle time of a connection. Above the usual proxy's 60, so that the proxy closes first.",
+    )
+    drain_timeout_s: int = Field(
+        default=30, ge=1, description="After SIGTERM, time to finish what was accepted before it is cut off."
+    )
+    require_all_models: bool = Field(
+        default=False, description="/readyz needs every model ready, not only the default one."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="auto: text on a terminal, JSON elsewhere."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severity that is logged."
+    )
+    access_log: bool = Field(default=True, description="One line a request.")
+
+    @classmethod
+    def from_sources(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Self:
+        """Read settings from `CONVOY_…` variables and flags (field name → value); flags win.
+
+        Raises:
+            SettingsError: an unknown name or an impossible value; the sentence names the variable or flag.
+        """
+        values: dict[str, Any] = {}
+        origin: dict[str, str] = {}
+        for variable, value in environment.items():
+            if not variable.startswith(ENVIRONMENT_PREFIX):
+                continue
+            field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            if field not in cls.model_fields:
+                raise SettingsError(_unknown_variable(variable, cls.model_fields))
+            values[field] = value
+            origin[field] = variable
+        for field, value in (flags or {}).items():
+            values[field] = value
+            origin[field] = flag_of(field)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = str(problem["loc"][0])
+            raise SettingsError(_impossible_value(origin.get(field, field), problem["input"], problem["msg"])) from None
+
+
+def flag_of(field: str) -> str:
+    """Return the command-line flag of a field: `max_batch` → `--max-batch`."""
+    return "--" + field.replace("_", "-")
+
+
+def variable_of(field: str) -> str:
+    """Return the environment variable of a field: `max_batch` → `CONVOY_MAX_BATCH`."""
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def _unknown_variable(variable: str, fields: Mapping[str, object]) -> str:
+    known = [variable_of(field) for field in fields]
+    close = difflib.get_close_matches(variable, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "`convoy serve --help` lists all settings."
+    if variable.endswith(("_SERVICE_HOST", "_SERVICE_PORT")) or "_PORT_" in variable:
+        hint = "Kubernetes sets it for a Service of that name: put enableServiceLinks: false into the pod spec."
+    return f"The environment variable {variable} is no setting: {hint}"
+
+
+def _impossible_value(name: str, value: object, reason: str) -> str:
+    sentence = f"{name} cannot be {value!r}: {reason[:1].lower()}{reason[1:]}."
+    if str(value).startswith("tcp://"):
+        sentence += " Kubernetes set it for a Service named convoy: put enableServiceLinks: false into the pod spec."
+    return sentence

@@ -1,0 +1,296 @@
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.batcher import Batcher, Job, Line
+from app.errors import InferenceError, UnavailableError
+from app.metrics import Metrics
+
+FOREVER = float("inf")
+
+
+class EchoSession:
+    """Answers each row with its own first pixel value, so that a swapped answer shows; can be held or made to fail."""
+
+    provider = "cpu"
+
+    def __init__(self, fail_on: int | None = None, held: bool = False) -> None:
+        self.batches: list[list[int]] = []
+        self.fail_on = fail_on
+        self.gate = threading.Event()
+        if not held:
+            self.gate.set()
+
+    def run(self, pixels):
+        assert self.gate.wait(10)
+        rows = pixels[:, 0, 0, 0].tolist()
+        self.batches.append(rows)
+        if self.fail_on in rows:
+            raise RuntimeError(f"row {self.fail_on} is cursed")
+        return np.array([[row, 255 - row] for row in rows], np.float32)
+
+
+def rows(*values: int) -> np.ndarray:
+    return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), 2, 2, 3))
+
+
+def batcher_over(*sessions, max_batch=4, linger_s=0.0) -> Batcher:
+    return Batcher(
+        sessions,
+        max_batch=max_batch,
+        linger_s=linger_s,
+        loop=asyncio.get_running_loop(),
+        metrics=Metrics().for_model("m", "1"),
+    )
+
+
+async def answer(batcher: Batcher, *values: int, deadline: float = FOREVER) -> list[int]:
+    job = batcher.submit(rows(*values), deadline)
+    try:
+        return (await job.answer)[:, 0].astype(int).tolist()
+    finally:
+        batcher.abandon(job)
+
+
+async def until(condition) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never became true")
+
+
+async def fill(session: EchoSession, batcher: Batcher) -> asyncio.Task:
+    """Occupy a held session with one row of value 200, so that all else waits in line."""
+    blocker = asyncio.create_task(answer(batcher, 200))
+    await asyncio.sleep(0)
+    await until(lambda: batcher._line.rows == 0)
+    return blocker
+
+
+def test_waiting_jobs_share_a_batch_and_each_gets_its_own_rows():
+    async def scenario():
+        session = EchoSession(held=True)
+        batcher = batcher_over(session, max_batch=4)
+        blocker = await fill(session, batcher)
+        jobs = [asyncio.create_task(answer(batcher, value)) for value in range(1, 7)]
+        await until(lambda: batcher._line.rows == 6)
+        session.gate.set()
+        assert await asyncio.gather(*jobs) == [[value] for value in range(1, 7)]
+        assert await blocker == [200]
+        batcher.close()
+        assert session.batches == [[200], [1, 2, 3, 4], [5, 6]]
+
+    asyncio.run(scenario())
+
+
+def test_a_large_request_is_split_and_joined_and_shares_its_last_batch():
+    async def scenario():
+        session = EchoSession(held=True)
+        batcher = batcher_over(session, max_batch=4)
+        await fill(session, batcher)
+        large = asyncio.create_task(answer(batcher, *range(10)))
+        await asyncio.sleep(0)
+        small = asyncio.create_task(answer(batcher, 77))
+        await until(lambda: batcher._line.rows == 11)
+        session.gate.set()
+        assert await large == list(range(10))
+        assert await small == [77]
+        batcher.close()
+        assert session.batches[1:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 77]]
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_request_does_not_harm_its_neighbours():
+    async def scenario():
+        session = EchoSession(fail_on=3, held=True)
+        batcher = batcher_over(session, max_batch=8)
+        await fill(session, batcher)
+        jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 3, 5)]
+        await until(lambda: batcher._line.rows == 3)
+        session.gate.set()
+        good, cursed, other = await asyncio.gather(*jobs, return_exceptions=True)
+        assert (good, other) == ([1], [5])
+        assert isinstance(cursed, InferenceError) and "row 3 is cursed" in cursed.message
+        assert await answer(batcher, 9) == [9]
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_abandoned_job_is_not_run_and_its_neighbours_are():
+    async def scenario():
+        session = EchoSession(held=True)
+        batcher = batcher_over(session)
+        await fill(session, batcher)
+        jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 2, 3)]
+        await until(lambda: batcher._line.rows == 3)
+        jobs[1].cancel()
+        await until(lambda: batcher._line.rows == 2)
+        session.gate.set()
+        assert await jobs[0] == [1]
+        assert await jobs[2] == [3]
+        batcher.close()
+        assert session.batches == [[200], [1, 3]]
+
+    asyncio.run(scenario())
+
+
+def test_a_job_cancelled_while_it_runs_leaves_the_batch_whole():
+    async def scenario():
+        session = EchoSession(held=True)
+        batcher = batcher_over(session)
+        running = await fill(session, batcher)
+        running.cancel()
+        next_job = asyncio.create_task(answer(batcher, 4))
+        await asyncio.sleep(0)
+        session.gate.set()
+        assert await next_job == [4]
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_expired_job_is_not_run():
+    async def scenario():
+        session = EchoSession(held=True)
+        batcher = batcher_over(session)
+        await fill(session, batcher)
+        batcher.submit(rows(1), time.monotonic() - 1)
+        alive = asyncio.create_task(answer(batcher, 2))
+        await asyncio.sleep(0)
+        session.gate.set()
+        assert await alive == [2]
+        batcher.close()
+        assert session.batches == [[200], [2]]
+
+    asyncio.run(scenario())
+
+
+def test_closing_finishes_what_waits_and_refuses_what_comes():
+    async def scenario():
+        session = EchoSession(held=True)
+        batcher = batcher_over(session)
+        await fill(session, batcher)
+        waiting = asyncio.create_task(answer(batcher, 5))
+        await until(lambda: batcher._line.rows == 1)
+        closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+        await asyncio.sleep(0.05)
+        with pytest.raises(UnavailableError):
+            batcher.submit(rows(6), FOREVER)
+        session.gate.set()
+        assert await waiting == [5]
+        await closing
+
+    asyncio.run(scenario())
+
+
+def test_two_sessions_work_at_the_same_time():
+    async def scenario():
+        first, second = EchoSession(held=True), EchoSession(held=True)
+        batcher = batcher_over(first, second, max_batch=1)
+        jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 2)]
+        await asyncio.sleep(0)
+        await until(lambda: batcher._line.rows == 0)  # both were taken while neither has answered
+        first.gate.set()
+        second.gate.set()
+        assert await asyncio.gather(*jobs) == [[1], [2]]
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+class ManualClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def job_of(count: int, deadline: float = FOREVER) -> Job:
+    return Job(rows(*range(count)), deadline, answer=None)
+
+
+def test_linger_starts_at_the_oldest_job_and_ends_when_the_batch_is_full():
+    clock = ManualClock()
+    line = Line(max_batch=4, linger_s=0.5, clock=clock)
+    line.append(job_of(1))
+    clock.now += 0.3
+    line.append(job_of(1))
+    assert line._patience(line._head()) == pytest.approx(0.2)
+    line.append(job_of(2))
+    assert line._patience(line._head()) == 0
+    assert line.take().rows == 4
+
+
+def test_without_linger_nothing_waits():
+    line = Line(max_batch=4, linger_s=0, clock=ManualClock())
+    line.append(job_of(1))
+    assert line.take().rows == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_rows_are_counted_and_taken_exactly_once(data):
+    """Any order of arrivals, abandonments, expiries and takes: no row twice, none lost, the count always true."""
+    clock = ManualClock()
+    line = Line(max_batch=5, linger_s=0, clock=clock)
+    alive: list[Job] = []
+    taken: dict[Job, list[int]] = {}
+    for _ in range(data.draw(st.integers(1, 30))):
+        match data.draw(st.sampled_from(["arrive", "abandon", "take", "wait"])):
+            case "arrive":
+                job = job_of(data.draw(st.integers(1, 12)), clock.now + data.draw(st.integers(1, 5)))
+                line.append(job)
+                alive.append(job)
+            case "abandon" if alive:
+                job = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
+                line.remove(job)
+            case "take" if any(job.deadline > clock.now for job in alive):
+                batch = line.take()
+                assert 1 <= batch.rows <= 5
+                assert sum(part.stop - part.start for part in batch.slices) == batch.rows
+                for part in batch.slices:
+                    assert part.job in alive and part.job.deadline > clock.now
+                    taken.setdefault(part.job, []).extend(range(part.start, part.stop))
+            case "wait":
+                clock.now += 1
+        alive = [job for job in alive if job in line._jobs]
+        assert line.rows == sum(job.waiting_rows for job in alive)
+    for job, found in taken.items():
+        assert found == list(range(job.taken))
+
+
+def test_many_clients_with_cancellations_each_get_their_own_answer_once():
+    """Real threads: 400 requests of random size over two sessions, a fifth of them cancelled at random moments."""
+
+    async def scenario():
+        rng = np.random.default_rng(5)
+        batcher = batcher_over(EchoSession(), EchoSession(), max_batch=7)
+
+        async def client(number: int) -> None:
+            values = rng.integers(0, 256, rng.integers(1, 12)).tolist()
+            await asyncio.sleep(float(rng.random()) * 0.05)
+            task = asyncio.create_task(answer(batcher, *values))
+            if number % 5 == 0:
+                await asyncio.sleep(float(rng.random()) * 0.002)
+                task.cancel()
+            try:
+                assert await task == values
+            except asyncio.CancelledError:
+                assert number % 5 == 0
+
+        await asyncio.gather(*(client(number) for number in range(400)))
+        assert batcher._line.rows == 0
+        batcher.close()
+
+    asyncio.run(scenario())

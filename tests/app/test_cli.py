@@ -1,0 +1,108 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app import __version__, cli
+from app.settings import Settings, flag_of
+from tests.bundles import COLOURS, make_bundle, plain_image
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for colour in ("red", "green"):
+        (folder / f"{colour}.png").write_bytes(plain_image(colour))
+    (folder / "deep/blue.JPG").write_bytes(plain_image("blue", "JPEG"))
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+
+
+def test_predict_shows_a_table(models, pictures):
+    result = run("predict", pictures / "red.png", pictures / "green.png", "--models", models, "--model", "colours",
+                 COLUMNS="200")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    header, red, green = result.stdout.splitlines()
+    assert header.split() == ["file", "label", "probability", "then"]
+    assert "red.png" in red and " red " in red and "99.9%" in red
+    assert "green.png" in green and " green " in green
+
+
+def test_predict_walks_folders_and_speaks_json(models, pictures):
+    result = run("predict", pictures, "--models", models, "--model", "colours", "--json", "--top-k", 2)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["top"][0]["label"] for answer in answers] == ["blue", "green", "red"]
+    assert all(len(answer["top"]) == 2 for answer in answers)
+
+
+def test_predict_and_the_service_agree(models, server, pictures):
+    result = run("predict", pictures, "--models", models, "--model", "colours", "--json", "--top-k", len(COLOURS))
+    for line in result.stdout.splitlines():
+        answer = json.loads(line)
+        served = server.client.post("/predict?top_k=6", content=Path(answer["file"]).read_bytes()).json()
+        assert answer["top"] == served["results"][0]["top"]
+
+
+def test_a_bad_file_among_good_ones_is_named_and_the_status_says_so(models, pictures):
+    bad = pictures / "notes.txt"
+    result = run("predict", pictures / "red.png", bad, "--models", models, "--model", "colours", "--json")
+    assert result.returncode == 1
+    good, refused = [json.loads(line) for line in result.stdout.splitlines()]
+    assert good["top"][0]["label"] == "red"
+    assert refused == {"file": str(bad), "error": "The data is not a JPEG, PNG or WebP image."}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("predict", "nothing.jpg"), "There is no file nothing.jpg."),
+        (("predict", "{empty}"), "holds no JPEG, PNG or WebP image."),
+        (("predict", "{red}", "--model", "nobody", "--models", "{models}"), "There is no model 'nobody'"),
+        (("predict", "{red}", "--models", "nowhere"), "The models directory nowhere does not exist"),
+        (("predict", "{red}", "--models", "{broken}"), "is not the file that was exported"),
+        (("serve", "--port", "http"), "--port cannot be 'http'"),
+        (("serve", "--device", "tpu"), "--device cannot be 'tpu'"),
+    ],
+)
+def test_a_fault_is_one_sentence_and_status_2(models, pictures, tmp_path, arguments, sentence):
+    (tmp_path / "empty").mkdir()
+    broken = make_bundle(tmp_path / "broken").directory
+    (broken / "model.onnx").write_bytes(b"")
+    names = {"empty": tmp_path / "empty", "red": pictures / "red.png", "models": models, "broken": tmp_path / "broken"}
+    result = run(*(str(argument).format(**names) for argument in arguments))
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert result.stderr.startswith("convoy: ") and result.stderr.count("\n") == 1
+
+
+def test_an_unknown_variable_stops_the_start(models):
+    result = run("serve", "--models", models, CONVOY_PROT="9000")
+    assert result.returncode == 2 and "did you mean CONVOY_PORT" in result.stderr
+
+
+def test_the_environment_sets_what_no_flag_does(models, pictures):
+    environment = {"CONVOY_MODELS": str(models), "CONVOY_DEFAULT_MODEL": "other"}
+    result = run("predict", pictures / "red.png", "--json", **environment)
+    assert json.loads(result.stdout)["top"][0]["label"] == "rot"
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in Settings.model_fields if flag_of(name) not in shown] == []
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"convoy {__version__}\n"

@@ -1,0 +1,281 @@
+"""Start, readiness, overload, deadlines, disconnects, stop: a real process, watched from outside."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.bundles import make_bundle, plain_image
+from tests.servers import convoy
+
+RED = plain_image("red")
+
+
+@pytest.fixture(scope="module")
+def slow_models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("slow") / "models"
+    make_bundle(root, "slow", slow=True)
+    return root
+
+
+def edit_manifest(directory: Path, change) -> None:
+    path = directory / "model.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def alter_model(directory: Path) -> None:
+    data = bytearray((directory / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (directory / "model.onnx").write_bytes(data)
+
+
+def change_resize(directory: Path) -> None:
+    edit_manifest(directory, lambda manifest: manifest["pixels"].update(resize_short_side=24))
+
+
+def drop_label(directory: Path) -> None:
+    edit_manifest(directory, lambda manifest: manifest["labels"].remove("green"))
+
+
+def swap_labels(directory: Path) -> None:
+    edit_manifest(directory, lambda manifest: manifest["labels"].reverse())
+
+
+def truncate_golden(directory: Path) -> None:
+    path = directory / "golden/noise.jpg"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_manifest(directory: Path) -> None:
+    (directory / "model.json").unlink()
+
+
+def not_onnx(directory: Path) -> None:
+    import hashlib
+
+    data = b"this is not a protocol buffer"
+    (directory / "model.onnx").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    edit_manifest(directory, lambda manifest: manifest["model"].update(sha256=digest, size_bytes=len(data)))
+
+
+def another_name(directory: Path) -> None:
+    edit_manifest(directory, lambda manifest: manifest.update(name="somebody-else"))
+
+
+DAMAGE = {
+    alter_model: r"model\.onnx is not the file that was exported",
+    change_resize: r"does not reproduce its golden answers: golden/\w+\.\w+ differs by",
+    drop_label: r"the manifest lists 5 labels, but the graph gives 6 classes",
+    swap_labels: r"is now '\w+', but was '\w+' at export",
+    truncate_golden: r"golden/noise\.jpg is not the file that was exported",
+    no_manifest: r"model\.json is missing",
+    not_onnx: r"is not a graph that ONNX Runtime can load",
+    another_name: r"holds the manifest of somebody-else version 1",
+}
+
+
+def test_every_kind_of_damage_keeps_that_model_out_and_the_others_serve(tmp_path):
+    models = tmp_path / "models"
+    make_bundle(models, "good")
+    for damage in DAMAGE:
+        name = damage.__name__.replace("_", "-")
+        make_bundle(models, name)
+        damage(models / name / "1")
+    (models / "README.md").write_text("not a model")
+    (models / ".hidden").mkdir()
+    with convoy(models, tmp_path / "log", default_model="good") as server:
+        states = server.client.get("/readyz").json()
+        assert states["ready"] is True
+        for damage, sentence in DAMAGE.items():
+            name = damage.__name__.replace("_", "-")
+            assert states["models"].pop(name) == "failed"
+            detail = server.client.get(f"/models/{name}").json()
+            assert_one_sentence(detail["reason"], sentence)
+            refusal = server.client.post(f"/models/{name}/predict", content=RED)
+            assert refusal.status_code == 503 and refusal.json()["code"] == "model_failed"
+            assert detail["reason"] in refusal.json()["error"]
+            assert [line for line in server.lines() if line.get("reason") == detail["reason"]], "not in the log"
+            info = [key for key in server.metrics() if key.startswith("convoy_model_info") and f'"{name}"' in key]
+            assert len(info) == 1 and 'state="failed"' in info[0]
+        assert states["models"] == {"good": "ready"}
+        assert server.client.post("/predict", content=RED).status_code == 200
+
+
+def assert_one_sentence(text: str, pattern: str) -> None:
+    import re
+
+    assert re.search(pattern, text), text
+    assert text.endswith(".") and "\n" not in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "ready"), [({}, True), ({"require_all_models": True}, False), ({"default_model": "bad"}, False)]
+)
+def test_readiness_follows_the_default_model_or_all(tmp_path, settings, ready):
+    models = tmp_path / "models"
+    make_bundle(models, "good")
+    make_bundle(models, "bad")
+    alter_model(models / "bad/1")
+    with convoy(models, tmp_path / "log", **{"default_model": "good"} | settings) as server:
+        response = server.client.get("/readyz")
+        assert response.status_code == (200 if ready else 503)
+        assert response.json()["ready"] is ready
+        assert ready or "bad" in response.json()["reason"]
+        assert server.client.get("/livez").json() == {"live": True}
+        assert server.client.post("/models/good/predict", content=RED).status_code == 200
+
+
+def test_the_highest_version_is_served(tmp_path):
+    models = tmp_path / "models"
+    for version in ("1", "2", "10"):
+        make_bundle(models, "colours", version)
+    with convoy(models, tmp_path / "log") as server:
+        assert server.client.post("/predict", content=RED).json()["version"] == "10"
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_models_directory_without_models_is_one_sentence(tmp_path, kind):
+    models = tmp_path / "models"
+    if kind == "empty":
+        models.mkdir()
+    result = run_cli("serve", "--models", models)
+    assert result.returncode == 2
+    assert str(models) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_sentence(models):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_cli("serve", "--models", models, "--port", port)
+    assert result.returncode == 2
+    assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use" in result.stderr
+
+
+def test_cuda_that_is_not_there_is_no_silent_cpu(models, tmp_path):
+    with convoy(models, tmp_path / "log", device="cuda") as server:
+        assert server.client.get("/readyz").status_code == 503
+        assert "no CUDA" in server.client.get("/models/colours").json()["reason"]
+
+
+def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_while_models_load_the_probes_answer_and_predictions_are_told_to_wait(slow_models, tmp_path):
+    with convoy(slow_models, tmp_path / "log", loaded=False, max_batch=32, sessions=4) as server:
+        assert server.client.get("/livez").status_code == 200
+        ready = server.client.get("/readyz")
+        assert (ready.status_code, ready.json()["models"]) == (503, {"slow": "loading"})
+        refusal = server.client.post("/predict", content=RED)
+        assert (refusal.status_code, refusal.json()["code"]) == (503, "loading")
+        assert server.stop() == 0
+
+
+def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(slow_models, tmp_path):
+    with convoy(slow_models, tmp_path / "log", sessions=1, max_inflight_images=8, max_batch=4) as server:
+        with ThreadPoolExecutor(40) as pool, httpx.Client(base_url=server.url, timeout=30) as client:
+            responses = list(pool.map(lambda _: client.post("/predict", content=RED), range(40)))
+        accepted = [response for response in responses if response.status_code == 200]
+        refused = [response for response in responses if response.status_code == 429]
+        assert len(accepted) + len(refused) == 40
+        assert len(accepted) >= 8 and refused
+        assert all(response.json()["results"][0]["top"][0]["label"] == "red" for response in accepted)
+        for response in refused:
+            assert response.json()["code"] == "queue_full"
+            assert 1 <= int(response.headers["retry-after"]) <= 30
+        metrics = server.metrics()
+        assert metrics['convoy_rejected_total{model="slow",reason="queue_full"}'] == len(refused)
+        assert metrics['convoy_images_total{model="slow",version="1"}'] == len(accepted)
+        assert metrics["convoy_inflight_images"] == 0
+        runs = metrics['convoy_batch_size_count{model="slow"}']
+        assert metrics['convoy_batch_size_sum{model="slow"}'] / runs > 1, "nothing was batched"
+
+
+def test_a_deadline_is_kept(slow_models, tmp_path):
+    with convoy(slow_models, tmp_path / "log", sessions=1, max_batch=1) as server:
+        with ThreadPoolExecutor(4) as pool:
+            busy = [pool.submit(server.client.post, "/predict", content=RED) for _ in range(3)]
+            time.sleep(0.03)
+            response = server.client.post("/predict", content=RED, headers={"Timeout-Ms": "20"})
+            assert (response.status_code, response.json()["code"]) == (504, "deadline")
+            assert [future.result().status_code for future in busy] == [200] * 3
+        dropped = sum(value for key, value in server.metrics().items() if "dropped_total" in key and "deadline" in key)
+        assert dropped == 1
+
+
+def test_a_body_that_never_ends_runs_into_the_deadline(models, tmp_path):
+    with convoy(models, tmp_path / "log", request_timeout_ms=300, default_model="colours") as server:
+        host, port = server.client.base_url.host, server.client.base_url.port
+        with socket.create_connection((host, port), timeout=10) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nonly this")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 504")
+
+
+def test_a_client_that_leaves_is_not_worked_for(slow_models, tmp_path):
+    with convoy(slow_models, tmp_path / "log", sessions=1, max_batch=1) as server:
+        host, port = server.client.base_url.host, server.client.base_url.port
+        request = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(RED), RED)
+        leavers = [socket.create_connection((host, port), timeout=10) for _ in range(12)]
+        for connection in leavers:
+            connection.sendall(request)
+        wait_for(lambda: server.metrics()["convoy_inflight_images"] == 12)
+        for connection in leavers:
+            connection.close()
+        assert server.client.post("/predict", content=RED).status_code == 200
+        metrics = server.metrics()
+        assert metrics['convoy_batch_size_sum{model="slow"}'] <= 6, "abandoned images were run"
+        dropped = 'convoy_dropped_total{model="slow",reason="disconnected",stage="queue"}'
+        assert metrics[dropped] >= 6
+        gone = 'convoy_requests_total{code="499",model="slow",route="/predict",version="1"}'
+        assert metrics[gone] + metrics['convoy_images_total{model="slow",version="1"}'] == 13
+
+
+def wait_for(condition, timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_everything_accepted_finish_and_exits_0(slow_models, tmp_path, signal_number):
+    with convoy(slow_models, tmp_path / "log", sessions=1, max_batch=2) as server, ThreadPoolExecutor(10) as pool:
+        clients = [httpx.Client(base_url=server.url, timeout=30) for _ in range(10)]
+        answers = [pool.submit(client.post, "/predict", content=RED) for client in clients]
+        wait_for(lambda: server.metrics()["convoy_inflight_images"] >= 8)
+        assert server.stop(signal_number=signal_number) == 0
+        assert [future.result().status_code for future in answers] == [200] * 10
+        assert server.lines()[-1]["message"] == "stopped"
+        for client in clients:
+            client.close()
+
+
+def test_convoy_health_speaks_for_the_service(models, tmp_path):
+    with convoy(models, tmp_path / "log", default_model="colours") as server:
+        port = server.client.base_url.port
+        healthy = run_cli("health", "--port", port)
+        assert (healthy.returncode, healthy.stdout) == (0, "ready\n")
+    gone = run_cli("health", "--port", port)
+    assert gone.returncode == 1 and "does not answer" in gone.stdout
+
+
+def test_the_service_writes_nothing_beside_its_models(models, tmp_path):
+    copy = tmp_path / "models"
+    shutil.copytree(models, copy)
+    before = sorted(copy.rglob("*"))
+    with convoy(copy, tmp_path / "log", default_model="colours") as server:
+        server.client.post("/predict", content=RED)
+    assert sorted(copy.rglob("*")) == before

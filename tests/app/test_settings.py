@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from app.errors import SettingsError
+from app.settings import Settings
+
+
+def test_flags_beat_the_environment_which_beats_the_default():
+    environment = {"CONVOY_PORT": "9000", "CONVOY_HOST": "0.0.0.0", "HOME": "/nowhere"}
+    settings = Settings.from_sources(environment, {"port": "9001"})
+    assert (settings.port, settings.host, settings.models) == (9001, "0.0.0.0", Path("models"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"CONVOY_PROT": "1"}, "CONVOY_PROT is no setting: did you mean CONVOY_PORT"),
+        ({"CONVOY_XYZZY": "1"}, "CONVOY_XYZZY is no setting"),
+        ({"CONVOY_SERVICE_HOST": "10.0.0.1"}, "enableServiceLinks: false"),
+        ({"CONVOY_PORT_8000_TCP": "tcp://10.0.0.1:8000"}, "enableServiceLinks: false"),
+        ({"CONVOY_PORT": "tcp://10.0.0.1:8000"}, "CONVOY_PORT cannot be .* enableServiceLinks: false"),
+        ({"CONVOY_PORT": "70000"}, "CONVOY_PORT cannot be '70000'"),
+        ({"CONVOY_MAX_BATCH": "0"}, "CONVOY_MAX_BATCH cannot be '0'"),
+        ({"CONVOY_DEVICE": "tpu"}, "CONVOY_DEVICE cannot be 'tpu'"),
+    ],
+)
+def test_a_wrong_variable_is_one_sentence_with_its_name(environment, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        Settings.from_sources(environment)
+
+
+def test_a_wrong_flag_is_named_as_a_flag():
+    with pytest.raises(SettingsError, match="--max-batch cannot be 'many'"):
+        Settings.from_sources({}, {"max_batch": "many"})
+
+
+def test_every_setting_says_what_it_is_for():
+    for name, field in Settings.model_fields.items():
+        assert field.description and field.description.endswith("."), name

@@ -1,0 +1,143 @@
+"""The structure that ARCHITECTURE.md draws, held against the code's imports."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each room and the floor it is on: a module may import only from lower floors, or from its own package.
+FLOORS = {
+    "app.cli": 9,
+    "app.service": 8,
+    "app.terminal": 8,
+    "app.http": 7,
+    "app.offline": 7,
+    "app.engine": 6,
+    "app.repository": 5,
+    "app.batcher": 4,
+    "app.sessions": 3,
+    "app.golden": 3,
+    "app.images": 2,
+    "app.manifest": 1,
+    "app.metrics": 1,
+    "app.runtime": 1,
+    "app.scores": 1,
+    "app.settings": 1,
+    "app.cpus": 0,
+    "app.logs": 0,
+    "app.errors": 0,
+    "app": 0,
+}
+TRAINING_MAY_IMPORT = {"app", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
+
+
+def modules(package: str) -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of this project and the top-level names of others that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+        else:
+            continue
+        found.update(name for name in names if name.split(".")[0] not in ("app", "training"))
+        found.update(name for name in names if name in ALL)
+    return found
+
+
+ALL = modules("app") | modules("training")
+
+
+def room(module: str) -> str:
+    return "app.http" if module.startswith("app.http") else module
+
+
+def floor(module: str) -> int:
+    assert room(module) in FLOORS, f"{module} has no floor: add it to the test and to ARCHITECTURE.md"
+    return FLOORS[room(module)]
+
+
+@pytest.mark.parametrize("module", modules("app"))
+def test_imports_go_down(module):
+    for imported in imports(ALL[module]) & set(modules("app")):
+        if room(imported) != room(module):
+            assert floor(imported) < floor(module), f"{module} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("module", modules("app"))
+def test_app_never_imports_training_or_torch(module):
+    tops = {name.split(".")[0] for name in imports(ALL[module])}
+    assert not tops & {"torch", "training", "onnx", "matplotlib"}
+
+
+@pytest.mark.parametrize("module", modules("training"))
+def test_training_uses_only_the_shared_rooms_of_app(module):
+    used = {name for name in imports(ALL[module]) if name in modules("app")}
+    assert used <= TRAINING_MAY_IMPORT
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_only_one_room_imports_onnx_runtime(module):
+    tops = {name.split(".")[0] for name in imports(ALL[module])}
+    assert "onnxruntime" not in tops or module == "app.runtime"
+
+
+def test_this_test_sees_a_wrong_import(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("def late():\n    from app.http import errors\n    import torch\n")
+    assert imports(wrong) == {"app.http", "app.http.errors", "torch"}
+    assert floor("app.http.errors") > floor("app.batcher")
+
+
+PROBE = """
+import importlib, json, logging, os, sys, threading
+def state():
+    files = len(os.listdir("/proc/self/fd"))
+    return {"threads": threading.active_count(), "environment": dict(os.environ), "files": files}
+before = state()
+for module in %s:
+    importlib.import_module(module)
+after = state()
+print(json.dumps({
+    "changed": [key for key in before if before[key] != after[key]],
+    "handlers": len(logging.getLogger().handlers),
+    "heavy": sorted(name for name in ("torch", "onnxruntime", "training", "matplotlib", "onnx") if name in sys.modules),
+    "written": sorted(os.listdir(".")),
+}))
+"""
+
+
+def test_nothing_happens_at_import(tmp_path):
+    """Importing every module of app starts no thread, opens no file, changes no environment, loads no runtime."""
+    names = [name for name in modules("app") if name != "app.__main__"]
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE % names],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(result.stdout) == {"changed": [], "handlers": 0, "heavy": [], "written": []}
+
+
+def test_serving_never_loads_torch_or_training(server):
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "onnxruntime" in maps, "the method does not see loaded libraries"
+    assert "torch" not in maps
