@@ -9,16 +9,18 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench clean
+.PHONY: help run test training lint format bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 run: $(VENV)/.serve ## serve the models of models/ on http://127.0.0.1:8000 (CONVOY_PORT=9000 make run)
 	@exec $(BIN)/convoy serve
 
 test: $(VENV)/.dev lint ## lint, type-check and run the whole test suite
 	$(BIN)/pytest
+
+training: $(VENV)/.train ## add PyTorch and convoy-train to the environment
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .
@@ -43,7 +45,11 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[cpu]'
 	@touch $@
 
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[cpu,train]'
+	@touch $(VENV)/.serve $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for development (once) …"
 	$(PIP_INSTALL) --editable '.[cpu,train,dev]'
-	@touch $(VENV)/.serve $@
+	@touch $(VENV)/.serve $(VENV)/.train $@

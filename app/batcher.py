@@ -15,6 +15,7 @@ has taken, which its session thread alone writes until it hands them back.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -27,6 +28,10 @@ from numpy.typing import NDArray
 from app.errors import ConvoyError, InferenceError, UnavailableError
 from app.metrics import ModelMetrics
 from app.sessions import Session
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
 
 Clock = Callable[[], float]
 
@@ -229,11 +234,17 @@ class Batcher:
         """Forget the rows of a job that no session has taken yet; harmless when it is done."""
         self._line.remove(job)
 
-    def close(self) -> None:
-        """Finish what waits and stop the threads; blocks until they have ended."""
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Finish what waits and stop the threads; blocks until they have ended, at most `timeout_s`.
+
+        A run cannot be interrupted: a thread that is stuck in one is left behind, and ends with the process.
+        """
         self._line.close()
+        deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning("session is stuck", extra={"thread": thread.name})
 
     def _serve_loop(self, session: Session, number: int) -> None:
         busy = self._metrics.busy(session.provider, number)

@@ -110,8 +110,9 @@ def _health(options: argparse.Namespace) -> int:
     settings = _settings(options)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/readyz"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a container's HTTP_PROXY is not for this
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with direct.open(url, timeout=5) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
         answer = json.load(error)

@@ -91,7 +91,11 @@ class Repository:
             self._show(entry)
 
     def load_all(self) -> None:
-        """Load every model in turn, the default one first; blocks. A failure is kept in its entry and logged."""
+        """Load every model in turn, the default one first; blocks. A failure is kept in its entry and logged.
+
+        Raises:
+            SettingsError: a setting makes every model impossible (a device that is not there).
+        """
         for entry in sorted(self.entries.values(), key=lambda entry: entry.name != self.default):
             if self._stopping.is_set():
                 return
@@ -138,6 +142,8 @@ class Repository:
         started = time.monotonic()
         try:
             model, difference = self._prove_and_start(entry)
+        except SettingsError:
+            raise
         except ConvoyError as error:
             self._enter(entry, State.FAILED, reason=error.message)
             log.error("model failed", extra={"model": entry.name, "version": entry.version, "reason": error.message})

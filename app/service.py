@@ -45,6 +45,7 @@ class Service:
         self.settings = settings
         self.cpus = usable_cpus()
         self.draining = False
+        self.fault: SettingsError | None = None
         self.metrics = Metrics()
         self.repository = Repository(
             settings.models,
@@ -92,7 +93,11 @@ class Service:
         log.info("stopped")
 
     def _load(self) -> None:
-        self.repository.load_all()
+        try:
+            self.repository.load_all()
+        except SettingsError as fault:  # no model can be served so: the process ends, and `serve` raises it
+            self.fault = fault
+            return
         reason = self.why_not_ready()
         if reason:
             log.error("not ready", extra={"reason": reason})
@@ -120,11 +125,15 @@ class Service:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, except that a signal drains the service and then ends the process with status 0."""
+    """uvicorn, except that a signal drains the service and ends the process with status 0, and a fault ends it too."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell, ten times a second, whether to stop."""
+        return await super().on_tick(counter) or self._service.fault is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal; a second one cuts off what still runs."""
@@ -152,7 +161,12 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal; blocks. Returns after what was accepted has been answered."""
+    """Serve until a signal; blocks. Returns after what was accepted has been answered.
+
+    Raises:
+        SettingsError: no models, no port, or no such device.
+        RuntimeMissingError: there is no usable ONNX Runtime.
+    """
     service = Service(settings)
     with listen(settings) as listener:
         host, port = listener.getsockname()[:2]
@@ -168,3 +182,5 @@ def serve(settings: Settings) -> None:
             backlog=BACKLOG,
         )
         Server(config, service).run(sockets=[listener])
+    if service.fault is not None:
+        raise service.fault

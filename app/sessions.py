@@ -66,11 +66,9 @@ def _create(path: Path, device: Device, threads: int) -> Any:
     options.inter_op_num_threads = 1
     # Spinning threads would take the processor from the event loop and the decoders, and burn a container's quota.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers = [CPU] if device == "cpu" or CUDA not in ort.get_available_providers() else [CUDA, CPU]
+    providers = _providers(ort, device)
     if device == "cuda":
-        if CUDA not in providers:
-            raise SettingsError("device is cuda, but this ONNX Runtime has no CUDA: install convoy-serve[gpu].")
-        # Without this key ONNX Runtime falls back to the CPU in silence.
+        # Without this key ONNX Runtime falls back to the CPU in silence; with it, naming the CPU provider is an error.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if CUDA in providers:
         ort.preload_dlls()
@@ -80,6 +78,19 @@ def _create(path: Path, device: Device, threads: int) -> Any:
         if device == "cuda":
             raise SettingsError(f"device is cuda, but {path} does not run on it: {_first_line(error)}") from error
         raise BundleError(f"{path} is not a graph that ONNX Runtime can load: {_first_line(error)}") from error
+
+
+def _providers(ort: Any, device: Device) -> list[str]:
+    available = CUDA in ort.get_available_providers()
+    match device:
+        case "cuda":
+            if not available:
+                raise SettingsError("device is cuda, but this ONNX Runtime has no CUDA: install convoy-serve[gpu].")
+            return [CUDA]
+        case "auto" if available:
+            return [CUDA, CPU]
+        case _:
+            return [CPU]
 
 
 def _signature(nodes: list[Any], name: str, kind: str, path: Path) -> list[int | str | None]:

@@ -193,6 +193,18 @@ def test_closing_finishes_what_waits_and_refuses_what_comes():
     asyncio.run(scenario())
 
 
+def test_closing_does_not_wait_for_ever_for_a_stuck_session():
+    async def scenario():
+        session = EchoSession(held=True)
+        batcher = batcher_over(session)
+        stuck = await fill(session, batcher)
+        batcher.close(timeout_s=0.05)
+        session.gate.set()
+        assert await stuck == [200]
+
+    asyncio.run(scenario())
+
+
 def test_two_sessions_work_at_the_same_time():
     async def scenario():
         first, second = EchoSession(held=True), EchoSession(held=True)

@@ -163,10 +163,11 @@ def test_a_port_in_use_is_one_sentence(models):
     assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use" in result.stderr
 
 
-def test_cuda_that_is_not_there_is_no_silent_cpu(models, tmp_path):
-    with convoy(models, tmp_path / "log", device="cuda") as server:
-        assert server.client.get("/readyz").status_code == 503
-        assert "no CUDA" in server.client.get("/models/colours").json()["reason"]
+def test_cuda_that_is_not_there_is_a_refusal_to_start(models):
+    result = run_cli("serve", "--models", models, "--port", 0, "--device", "cuda", "--log-level", "error")
+    assert result.returncode == 2
+    assert result.stderr.startswith("convoy: device is cuda, but")
+    assert result.stderr.count("\n") == 1
 
 
 def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
