@@ -244,7 +244,7 @@ class Batcher:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                log.warning("session is stuck", extra={"thread": thread.name})
+                log.warning("session is stuck", extra={"session": thread.name})
 
     def _serve_loop(self, session: Session, number: int) -> None:
         busy = self._metrics.busy(session.provider, number)
