@@ -9,10 +9,7 @@ loop of raw-socket clients on the same processors. The ratio served ÷ ceiling i
 import asyncio
 import json
 import platform
-import signal
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +20,7 @@ from app.cpus import usable_cpus
 from app.manifest import Bundle, read_bundle
 from app.repository import find_models
 from app.sessions import OnnxSession
+from benchmarks.server import serving
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 8.0
@@ -108,20 +106,8 @@ def ceiling_per_s(bundle: Bundle, image: bytes) -> float:
 
 def served(model: str, image: bytes) -> tuple[list[float], float]:
     """Latencies in seconds of all answers within `SECONDS`, and the mean batch."""
-    command = [sys.executable, "-m", "app.cli", "serve", "--models", "models", "--port", "0", "--log-format", "json"]
-    with subprocess.Popen([*command, "--no-access-log"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stderr is not None
-            port = 0
-            for line in server.stderr:
-                entry = json.loads(line)
-                if entry["message"] == "listening":
-                    port = int(entry["url"].rpartition(":")[2])
-                if entry["message"] in ("ready", "not ready"):
-                    break
-            return asyncio.run(load(port, model, image))
-        finally:
-            server.send_signal(signal.SIGTERM)
+    with serving() as server:
+        return asyncio.run(load(server.port, model, image))
 
 
 async def load(port: int, model: str, image: bytes) -> tuple[list[float], float]:

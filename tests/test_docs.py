@@ -38,8 +38,9 @@ def test_every_series_has_its_row():
     assert set(re.findall(r"^\| `(convoy_\w+)` \|", METRICS, re.MULTILINE)) == expected
 
 
-def test_every_module_of_app_is_on_the_map():
-    rooms = {path.name for path in (ROOT / "app").glob("*.py")} - {"__init__.py"}
+@pytest.mark.parametrize("package", ["app", "training"])
+def test_every_module_is_on_the_map(package):
+    rooms = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
     assert {room for room in rooms if f"`{room}`" not in ARCHITECTURE} == set()
 
 

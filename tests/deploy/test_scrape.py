@@ -71,6 +71,7 @@ def prometheus(service: ConvoyProcess, root: Path, tmp_path_factory: pytest.Temp
     ) as process:
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+                wait_until(lambda: is_ready(client))
                 # Rates need two scrapes, a second apart.
                 wait_until(lambda: value(client, 'sum(count_over_time(up{job="convoy"}[1m]))') >= 4)
                 yield client
@@ -86,11 +87,15 @@ def result(client: httpx.Client, query: str) -> list[dict]:
 
 
 def value(client: httpx.Client, query: str) -> float:
-    try:
-        found = result(client, query)
-    except httpx.TransportError:  # it is still starting
-        return 0.0
+    found = result(client, query)
     return float(found[0]["value"][1]) if found else 0.0
+
+
+def is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/-/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def wait_until(condition, timeout_s: float = 30) -> None:

@@ -1,0 +1,250 @@
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from app.errors import BundleError
+from app.golden import prove
+from app.images import decode
+from app.manifest import Bundle, Manifest, PixelRecipe, read_bundle, verify_files
+from training import cli, export
+from training.classifiers import Classifier, onnx_run, open_classifier
+from training.data import Split, load_split, read_listing
+from training.errors import ExportError
+from training.export import check_name, next_version, spread
+from training.runs import read_checkpoint
+
+pytestmark = pytest.mark.xdist_group("export")
+
+
+@pytest.fixture(scope="module")
+def work(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run and the bundle made of it; read only."""
+    work = tmp_path_factory.mktemp("export")
+    common = [f"--cache-dir={work / 'cache'}"]
+    train = ["train", f"--data={tree}", f"--runs-dir={work / 'runs'}", "--name=insects", "--epochs=3"]
+    assert cli.main([*train, *common]) == 0
+    assert cli.main(["export", str(work / "runs" / "insects"), f"--models-dir={work / 'models'}", *common]) == 0
+    return work
+
+
+@pytest.fixture
+def bundle(work: Path) -> Bundle:
+    return read_bundle(work / "models" / "insects" / "1")
+
+
+@pytest.fixture
+def test_split(work: Path, tree: Path, bundle: Bundle) -> Split:
+    return load_split(read_listing(tree).part("test"), bundle.manifest.pixels, work / "cache")
+
+
+def as_torch(work: Path) -> Classifier:
+    return open_classifier(work / "runs" / "insects", torch.device("cpu"))
+
+
+def test_the_bundle_is_whole_and_proves_itself(bundle: Bundle):
+    verify_files(bundle)
+    assert prove(bundle, onnx_run(bundle.model_path)) <= 1e-6
+
+
+def test_the_manifest_tells_the_models_story(work: Path, bundle: Bundle):
+    manifest = bundle.manifest
+    checkpoint = read_checkpoint(work / "runs" / "insects")
+    assert manifest.labels == ("ant", "bee", "cow")
+    assert manifest.pixels == checkpoint.recipe.pixels
+    assert manifest.training["recipe"] == checkpoint.recipe.model_dump(mode="json")
+    assert len(manifest.training["history"]) == 3
+    assert manifest.training["command"].startswith("convoy-train train --data=")
+    assert manifest.evaluation["accuracy"] == pytest.approx(checkpoint.history[-1].test_accuracy, abs=1e-6)
+    assert manifest.evaluation["images"] == 30
+    assert manifest.provenance.command.startswith("convoy-train export ")
+
+
+def test_the_graph_is_self_contained_and_names_no_place(work: Path, bundle: Bundle):
+    model = onnx.load(bundle.model_path, load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.version for entry in model.opset_import] == [export.OPSET]
+    assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
+    assert not model.metadata_props
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    content = bundle.model_path.read_bytes()
+    assert str(Path(export.__file__).parent.parent).encode() not in content
+    assert b".py" not in content
+    image, probabilities = model.graph.input[0], model.graph.output[0]
+    assert (image.name, probabilities.name) == ("image", "probabilities")
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [d.dim_value or d.dim_param for d in image.type.tensor_type.shape.dim] == ["n", 32, 32, 3]
+
+
+def test_every_batch_size_gives_what_pytorch_gives(work: Path, bundle: Bundle, test_split: Split):
+    run, images = onnx_run(bundle.model_path), np.asarray(test_split.images)
+    expected = as_torch(work).run(images)
+    np.testing.assert_allclose(expected.sum(axis=1), 1, atol=1e-5)
+    for batch in (1, 3, len(images)):
+        found = np.concatenate([run(images[at : at + batch]) for at in range(0, len(images), batch)])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_golden_set_covers_what_can_arrive(bundle: Bundle):
+    encoded = bundle.golden_bytes()
+    images = [Image.open(io.BytesIO(data)) for data in encoded]
+    assert len(images) == 8
+    assert sum(map(len, encoded)) <= 300_000
+    assert max(map(len, encoded)) <= 60_000
+    assert {"JPEG", "PNG"} <= {image.format for image in images}
+    assert "L" in {image.mode for image in images}
+    assert 6 in {image.getexif().get(0x0112) for image in images}
+    assert any(width % 2 and height % 2 and width != height for width, height in (image.size for image in images))
+    large = max(images, key=lambda image: image.size)
+    assert min(large.size) >= 4 * 2 * 32
+
+
+CHANGES: list[dict[str, object]] = [
+    {"resize_short_side": 36},
+    {"resize_short_side": 40},
+    {"interpolation": "bicubic"},
+    {"interpolation": "lanczos"},
+    {"exif": "ignore"},
+    {"min_decode_ratio": 0.0},
+    {"min_decode_ratio": 1.0},
+    {"min_decode_ratio": 4.0},
+    {"height": 30},
+    {"width": 30},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_wrong_pixel_recipe_fails_the_proof(bundle: Bundle, change: dict[str, object]):
+    pixels = PixelRecipe.model_validate(bundle.manifest.pixels.model_dump() | change)
+    wrong = Bundle(bundle.directory, bundle.manifest.model_copy(update={"pixels": pixels}))
+    with pytest.raises(BundleError, match=r"does not reproduce its golden answers|cannot take"):
+        prove(wrong, onnx_run(wrong.model_path))
+
+
+def test_every_field_of_the_pixel_recipe_is_tried(bundle: Bundle):
+    assert {field for change in CHANGES for field in change} == set(PixelRecipe.model_fields) - {"colour"}
+
+
+def test_the_shipped_models_prove_themselves_and_notice_every_wrong_recipe():
+    models = Path(__file__).parent.parent.parent / "models"
+    manifests = sorted(models.glob("*/*/model.json"))
+    if not manifests:
+        pytest.skip("this checkout has no models")
+    for path in manifests:
+        shipped = read_bundle(path.parent)
+        verify_files(shipped)
+        run = onnx_run(shipped.model_path)
+        prove(shipped, run)
+        short = shipped.manifest.pixels.resize_short_side
+        for change in [{"resize_short_side": short + short // 8}, *CHANGES[2:8]]:
+            pixels = shipped.manifest.pixels.model_copy(update=change)
+            wrong = Bundle(shipped.directory, shipped.manifest.model_copy(update={"pixels": pixels}))
+            with pytest.raises(BundleError, match="does not reproduce its golden answers"):
+                prove(wrong, run)
+
+
+def test_a_graph_that_differs_is_refused_and_nothing_is_left(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def write_the_real_graph_with_one_weight_off(_: object, __: object, path: Path) -> None:
+        model = onnx.load(work / "models" / "insects" / "1" / "model.onnx")
+        bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [3])
+        values = onnx.numpy_helper.to_array(bias) + np.array([0.1, 0, 0], np.float32)
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(export, "write_graph", write_the_real_graph_with_one_weight_off)
+    arguments = [f"--models-dir={tmp_path / 'models'}", f"--cache-dir={work / 'cache'}"]
+    assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("convoy-train: The graph differs from the network by 0.0")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_that_does_not_prove_itself_is_not_put_in_place(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(bundle: Bundle, run: object) -> float:
+        raise BundleError(f"{bundle.directory.name} is not proven.")
+
+    monkeypatch.setattr(export, "prove", refuse)
+    monkeypatch.setattr(
+        export, "write_graph", lambda *_: shutil.copyfile(work / "models" / "insects" / "1" / "model.onnx", _[2])
+    )
+    arguments = [f"--models-dir={tmp_path / 'models'}", f"--cache-dir={work / 'cache'}"]
+    assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 2
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_a_version_is_not_replaced_unasked(work: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--version=1", f"--models-dir={work / 'models'}", f"--cache-dir={work / 'cache'}"]
+    assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 2
+    assert "insects/1 exists: leave --version out for the next free one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["Insects", "my insects", "../insects", ""])
+def test_a_name_that_cannot_be_served_is_refused(name: str):
+    with pytest.raises(ExportError, match=f"'{name}' cannot name a model: give --name of lower-case letters"):
+        check_name(name)
+
+
+def test_the_default_version_is_the_next_free_one(tmp_path: Path):
+    assert next_version(tmp_path, "m") == "1"
+    for name in ("2", "10", "draft"):
+        (tmp_path / "m" / name).mkdir(parents=True)
+    assert next_version(tmp_path, "m") == "11"
+
+
+def test_the_compared_images_are_spread_over_the_classes():
+    images = np.arange(100)[:, None]
+    assert spread(images, 5).ravel().tolist() == [0, 25, 50, 74, 99]
+    assert len(spread(images, 500)) == 100
+
+
+def test_published_weights_become_a_bundle(
+    work: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_weights: Callable[[int], Path]
+):
+    (tmp_path / "labels.txt").write_text("ant\nbee\ncow\nzebra\n")
+    arguments = ["import", f"--labels={tmp_path / 'labels.txt'}", f"--data={tree}", "--name=zoo"]
+    arguments += ["--source=drawn by the test", "--licence=none", "--size=32", "--network=article_cnn"]
+    arguments += [f"--models-dir={tmp_path / 'models'}", f"--cache-dir={tmp_path / 'cache'}"]
+    assert cli.main([*arguments, f"--weights={small_weights(3)}"]) == 2
+    assert "weights-3.pt does not fit article_cnn with 4 classes: size mismatch for" in capsys.readouterr().err
+    assert cli.main([*arguments, f"--weights={tmp_path / 'none.pt'}"]) == 2
+    assert "none.pt does not exist: give --weights a PyTorch state dict." in capsys.readouterr().err
+    assert cli.main([*arguments, f"--weights={small_weights(4)}", "--rescale=1", "--mean=127", "--std=128"]) == 0
+    manifest = Manifest.model_validate(json.loads((tmp_path / "models" / "zoo" / "1" / "model.json").read_text()))
+    assert manifest.labels == ("ant", "bee", "cow", "zebra")
+    assert manifest.evaluation["images"] == 90
+    assert manifest.provenance.licence == "none"
+    image = decode((tree / "test" / "bee" / "003.jpg").read_bytes(), manifest.pixels)
+    network = build_small(4)
+    network.load_state_dict(torch.load(small_weights(4), weights_only=True))
+    logits = network.eval()((torch.tensor(image).permute(2, 0, 1)[None].float() - 127) / 128)
+    found = onnx_run(tmp_path / "models" / "zoo" / "1" / "model.onnx")(image[None])
+    np.testing.assert_allclose(found, logits.softmax(dim=1).detach().numpy(), atol=1e-5)
+
+
+def build_small(classes: int) -> torch.nn.Module:
+    from training.nets import build
+
+    torch.manual_seed(3)
+    return build("article_cnn", classes=classes, size=32, dropout=0.5)
+
+
+@pytest.fixture
+def small_weights(tmp_path: Path) -> Callable[[int], Path]:
+    def save(classes: int) -> Path:
+        path = tmp_path / f"weights-{classes}.pt"
+        torch.save(build_small(classes).state_dict(), path)
+        return path
+
+    return save

@@ -1,0 +1,208 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import cli, runs, train
+from training.runs import read_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+EPOCHS = 5
+
+
+def convoy_train(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "training.cli", *map(str, arguments)]
+
+
+def flags(data: Path, into: Path, epochs: int = EPOCHS, **knobs: object) -> list[str]:
+    """Arguments of `convoy-train train` for one run under `into`."""
+    given = {"data": data, "runs-dir": into / "runs", "cache-dir": into / "cache", "name": "insects", "epochs": epochs}
+    return ["train", *(f"--{name}={value}" for name, value in (given | knobs).items())]
+
+
+def weights(into: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(into / "runs" / "insects").network
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def finished(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run; read only."""
+    into = tmp_path_factory.mktemp("finished")
+    assert cli.main(flags(tree, into)) == 0
+    return into
+
+
+@pytest.fixture
+def one_epoch(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert cli.main(flags(tree, tmp_path, epochs=1)) == 0
+    capsys.readouterr()
+    return tmp_path
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.xdist_group("training")
+def test_a_run_directory_holds_recipe_history_checkpoint_and_pictures(finished: Path):
+    run = finished / "runs" / "insects"
+    assert sorted(entry.name for entry in run.iterdir()) == [
+        "checkpoint.pt",
+        "confusion.png",
+        "curves.png",
+        "history.csv",
+        "mistakes.png",
+        "recipe.json",
+    ]
+    assert json.loads((run / "recipe.json").read_text())["epochs"] == EPOCHS
+    with (run / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [row["epoch"] for row in history] == ["1", "2", "3", "4", "5"]
+    assert float(history[-1]["test_accuracy"]) > 0.6
+    assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
+
+
+@pytest.mark.xdist_group("training")
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished: Path, tree: Path, tmp_path: Path):
+    cli.main(flags(tree, tmp_path / "again"))
+    cli.main(flags(tree, tmp_path / "other", seed=1))
+    assert same(weights(tmp_path / "again"), weights(finished))
+    assert not same(weights(tmp_path / "other"), weights(finished))
+
+
+@pytest.mark.xdist_group("training")
+@pytest.mark.slow
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights(finished: Path, tree: Path, tmp_path: Path):
+    # A hundred times the images an epoch has here would be needed to meet it in the middle: slow the steps instead.
+    slow = "import time, training.train as t; take = t.take; t.take = lambda *a: (time.sleep(0.2), take(*a))[1]; "
+    run = f"{slow}from training.cli import main; main({flags(tree, tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", run], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            time.sleep(0.3)
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    process.wait()
+    assert len(read_checkpoint(tmp_path / "runs" / "insects").history) == 2
+    resumed = subprocess.run(convoy_train(*flags(tree, tmp_path), "--resume"), cwd=ROOT, capture_output=True, text=True)
+    assert "epoch 3/5" in resumed.stdout
+    assert "epoch 2/5" not in resumed.stdout
+    assert same(weights(tmp_path), weights(finished))
+
+
+@pytest.mark.xdist_group("training")
+@pytest.mark.slow
+def test_ctrl_c_says_where_the_checkpoint_is_and_how_to_go_on(tree: Path, tmp_path: Path):
+    process = subprocess.Popen(
+        convoy_train(*flags(tree, tmp_path, epochs=100_000)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.count("\n") == 1
+    assert f"{tmp_path}/runs/insects/checkpoint.pt holds epoch " in error
+    assert "--resume`" in error
+
+
+def test_epochs_may_be_added(one_epoch: Path, tree: Path, tmp_path: Path):
+    assert cli.main([*flags(tree, one_epoch, epochs=2), "--resume"]) == 0
+    assert cli.main(flags(tree, tmp_path / "straight", epochs=2)) == 0
+    assert same(weights(one_epoch), weights(tmp_path / "straight"))
+
+
+def test_a_run_is_not_overwritten_unasked(one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str]):
+    before = weights(one_epoch)
+    assert cli.main(flags(tree, one_epoch, epochs=1, seed=9)) == 2
+    assert "already holds a run: continue it with --resume, discard it with --force" in sentence(capsys)
+    assert same(weights(one_epoch), before)
+    assert cli.main([*flags(tree, one_epoch, epochs=1, seed=9), "--force"]) == 0
+    assert not same(weights(one_epoch), before)
+
+
+def test_there_must_be_a_run_to_resume(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*flags(tree, tmp_path), "--resume"]) == 2
+    assert "checkpoint.pt does not exist: no epoch of this run was finished." in sentence(capsys)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-500], lambda data: b"", lambda data: b"\x80\x02oops"])
+def test_a_damaged_checkpoint_is_named(
+    one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
+):
+    checkpoint = one_epoch / "runs" / "insects" / "checkpoint.pt"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    assert cli.main([*flags(tree, one_epoch), "--resume"]) == 2
+    assert f"{checkpoint} is damaged and cannot be read: restore it, or train anew with --force." in sentence(capsys)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str]):
+    class Malicious:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(one_epoch / "harm"),)
+
+    torch.save({"format": runs.FORMAT, "network": Malicious()}, one_epoch / "runs" / "insects" / "checkpoint.pt")
+    assert cli.main([*flags(tree, one_epoch), "--resume"]) == 2
+    assert "is damaged and cannot be read" in sentence(capsys)
+    assert not (one_epoch / "harm").exists()
+
+
+def test_a_resume_with_another_recipe_is_refused(one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*flags(tree, one_epoch, zoom=0.5), "--resume"]) == 2
+    assert "was begun with --zoom 0.2, not 0.5: leave --zoom out to resume it." in sentence(capsys)
+
+
+def test_a_resume_with_other_data_is_refused(
+    one_epoch: Path, draw_tree: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    other = draw_tree(one_epoch / "other", parts=(("train", 3), ("test", 2)))
+    assert cli.main([*flags(other, one_epoch), "--resume"]) == 2
+    assert "was begun with other images" in sentence(capsys)
+    for part in ("train", "test"):
+        (other / part / "cow").rename(other / part / "dog")
+    assert cli.main([*flags(other, one_epoch), "--resume"]) == 2
+    assert "was begun with other classes ('cow' differs)" in sentence(capsys)
+
+
+def test_divergence_leaves_the_last_good_checkpoint(
+    one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    before = weights(one_epoch)
+    monkeypatch.setattr(train, "cross_entropy", lambda logits, labels: logits.sum() * float("nan"))
+    assert cli.main([*flags(tree, one_epoch), "--resume"]) == 2
+    assert "The loss is not a number any more in epoch 2: lower --learning-rate" in sentence(capsys)
+    assert same(weights(one_epoch), before)
+
+
+def test_sgd_trains_too(tree: Path, tmp_path: Path):
+    assert cli.main(flags(tree, tmp_path, epochs=1, optimizer="sgd")) == 0
+
+
+def test_cuda_is_not_silently_replaced(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert cli.main(flags(tree, tmp_path, device="cuda")) == 2
+    assert "PyTorch finds no CUDA device here" in sentence(capsys)

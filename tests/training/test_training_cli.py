@@ -1,0 +1,111 @@
+"""`convoy-train` as a user types it: real processes, in a folder of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from app.golden import prove
+from app.manifest import read_bundle
+from training import cli
+from training.classifiers import onnx_run
+from training.recipes import Recipe, flag
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def convoy_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from training.cli import main; sys.exit(main())"
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("export")
+def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
+    draw_tree: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    draw_tree(tmp_path / "data" / "insects", parts=(("", 20),))
+
+    trained = convoy_train(tmp_path, "train", "--data", "data/insects", "--epochs", "8")
+    assert trained.returncode == 0, trained.stderr
+    assert "epoch 8/8" in trained.stdout
+
+    evaluated = convoy_train(tmp_path, "evaluate", "runs/insects", "--json", "--out", "pictures")
+    assert evaluated.returncode == 0, evaluated.stderr
+    figures = json.loads(evaluated.stdout)
+    assert figures["images"] == 12
+    assert figures["accuracy"] > 0.6
+    assert sorted(entry.name for entry in (tmp_path / "pictures").iterdir()) == ["confusion.png", "mistakes.png"]
+
+    exported = convoy_train(tmp_path, "export", "runs/insects")
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stderr == ""
+    bundle = read_bundle(tmp_path / "models" / "insects" / "1")
+    prove(bundle, onnx_run(bundle.model_path))
+    assert bundle.manifest.provenance.command == "convoy-train export runs/insects"
+
+    # The bundle answers as the run did; in this process, to spare the start of two more.
+    monkeypatch.chdir(tmp_path)
+    for model in ("runs/insects", "models/insects/1"):
+        assert cli.main(["predict", model, "data/insects/ant/000.jpg", "--top", "1"]) == 0
+    of_run, of_bundle = re.findall(r"data/insects/ant/000.jpg\W+(\w+)\W+([\d.]+%)", capsys.readouterr().out)
+    assert of_run == of_bundle
+    assert cli.main(["evaluate", "models/insects/1", "--data", "data/insects", "--cache-dir", "cache/convoy"]) == 0
+    assert f"accuracy {figures['accuracy']:.2%} on 12 images" in capsys.readouterr().out
+
+
+def test_help_answers_at_once_and_without_pytorch():
+    code = "import sys, training.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    begun = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-1] == "False"
+    assert time.perf_counter() - begun < 5
+    for command in ("fetch", "train", "evaluate", "predict", "export", "import"):
+        assert f"  {command}" in shown.stdout
+
+
+def test_every_knob_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for knob in Recipe.model_fields:
+        assert flag(knob) in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "--data", "nowhere"], "nowhere does not exist: give --data a folder of class folders"),
+        (["train", "--data", "nowhere", "--epochs", "none"], "--epochs: input should be a valid integer"),
+        (["train", "--data", "{tree}", "--network", "alexnet"], "--network: there is no 'alexnet'; there are"),
+        (["evaluate", "nowhere", "--data", "{tree}"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
+        (["predict", "nowhere", "a.jpg"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
+        (["export", "nowhere"], "nowhere/checkpoint.pt does not exist: no epoch of this run was finished."),
+    ],
+)
+def test_a_fault_is_one_sentence_and_exit_code_2(
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cli.main([argument.format(tree=tree) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"convoy-train: {sentence}")
+    assert error.count("\n") == 1

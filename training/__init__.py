@@ -1,0 +1,1 @@
+"""Convoy's training: images in, bundles out."""

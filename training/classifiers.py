@@ -1,0 +1,116 @@
+"""A trained run or a bundle, opened: both take uint8 pixels and give probabilities.
+
+Owns the difference between the two for evaluation, prediction and export's comparison, so that nothing else asks
+which it is.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from app import runtime
+from app.errors import BundleError
+from app.golden import Run
+from app.manifest import INPUT_NAME, MANIFEST_FILE, OUTPUT_NAME, Bundle, PixelRecipe, read_bundle
+from training.data import Split
+from training.errors import RunError
+from training.nets import build
+from training.recipes import Recipe, make_recipe
+from training.runs import Checkpoint, is_run, read_checkpoint
+from training.servable import Servable
+
+BATCH = 250
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """What answers, and what it must be asked with."""
+
+    labels: tuple[str, ...]
+    pixels: PixelRecipe
+    run: Run
+    test_fraction: float
+    seed: int
+    """With `test_fraction`: the split that kept the test images from training, where the data itself has none."""
+
+    def probabilities(self, split: Split, batch: int = BATCH) -> NDArray[np.float32]:
+        """Classify a split: float32 `[n, classes]`."""
+        starts = range(0, len(split.images), batch)
+        return np.concatenate([self.run(np.asarray(split.images[start : start + batch])) for start in starts])
+
+
+def open_classifier(path: Path, device: torch.device) -> Classifier:
+    """Open a run directory in PyTorch, or a bundle directory in ONNX Runtime.
+
+    Raises:
+        RunError: the path is neither.
+        BundleError: the bundle cannot be used.
+    """
+    if is_run(path):
+        checkpoint = read_checkpoint(path)
+        recipe, run = checkpoint.recipe, torch_run(servable_of(checkpoint), device)
+        return Classifier(checkpoint.classes, recipe.pixels, run, recipe.test_fraction, recipe.seed)
+    if (path / MANIFEST_FILE).is_file():
+        bundle = read_bundle(path)
+        recipe = _recipe_of(bundle)
+        run = onnx_run(bundle.model_path)
+        return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, recipe.test_fraction, recipe.seed)
+    raise RunError(f"{path} is neither a run (with checkpoint.pt) nor a bundle (with {MANIFEST_FILE}).")
+
+
+def _recipe_of(bundle: Bundle) -> Recipe:
+    """Return the recipe that a bundle's manifest tells, or the default where it was not trained here."""
+    recipe = bundle.manifest.training.get("recipe")
+    return make_recipe(**recipe) if isinstance(recipe, dict) else Recipe()
+
+
+def servable_of(checkpoint: Checkpoint) -> Servable:
+    """Rebuild a run's network with its weights, ready to serve.
+
+    Raises:
+        RunError: the weights do not fit the recipe's network.
+    """
+    recipe = checkpoint.recipe
+    network = build(recipe.network, classes=len(checkpoint.classes), size=recipe.size, dropout=recipe.dropout)
+    try:
+        network.load_state_dict(checkpoint.network)
+    except RuntimeError as error:
+        raise RunError(f"The checkpoint's weights are not of the network '{recipe.network}' that it names.") from error
+    return Servable(network, recipe).eval()
+
+
+def torch_run(servable: Servable, device: torch.device) -> Run:
+    """Return the function that classifies in PyTorch."""
+    servable.to(device)
+
+    def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            found: NDArray[np.float32] = servable(torch.tensor(images, device=device)).cpu().numpy()
+        return found
+
+    return run
+
+
+def onnx_run(model: Path) -> Run:
+    """Return the function that classifies in ONNX Runtime on the CPU.
+
+    Raises:
+        BundleError: the file is missing, damaged or not a graph that this runtime takes.
+    """
+    ort = runtime.load()
+    try:
+        session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's exceptions have no common class
+        raise BundleError(f"{model} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from error
+
+    def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        try:
+            found: NDArray[np.float32] = session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+        except Exception as error:
+            raise BundleError(f"{model} cannot take {list(images.shape)}: {str(error).splitlines()[0]}") from error
+        return found
+
+    return run

@@ -1,0 +1,435 @@
+"""`convoy-train`: data in, a trained run or a bundle out.
+
+Owns the command line and how a fault is told: one sentence on stderr and exit code 2. PyTorch is imported by the
+sub-command that needs it, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from app.errors import ConvoyError
+from training.errors import ExportError, RunError
+from training.recipes import Recipe, flag, make_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.data import Split
+    from training.export import Offer
+    from training.runs import Checkpoint
+    from training.servable import Servable
+
+DATA_HELP = "folder with train/<class>/ and test/<class>/, folder with <class>/ to be split, or a CIFAR-10 archive"
+IMPORT_KNOBS = (
+    "network",
+    "size",
+    "resize_short_side",
+    "interpolation",
+    "exif",
+    "min_decode_ratio",
+    "rescale",
+    "mean",
+    "std",
+)
+"""Knobs that say how published weights want their pixels; how they were trained is history."""
+USER_FAULT = 2
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(given)
+    options.command_line = shlex.join(["convoy-train", *given])
+    try:
+        options.run(options)
+    except ConvoyError as error:
+        sys.stderr.write(f"convoy-train: {error.message}\n")
+        return USER_FAULT
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.stderr.write(f"convoy-train: {error.filename or 'A file'} cannot be used: {error.strerror or error}.\n")
+        return USER_FAULT
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"convoy-train: {stop or 'interrupted.'}\n")
+        return INTERRUPTED
+    return 0
+
+
+# ---------------------------------------------------------------- sub-commands
+
+
+def _train(options: argparse.Namespace) -> None:
+    from training.data import load_split, read_listing
+    from training.devices import choose_device, describe
+    from training.runs import discard_run, match_run, open_run
+    from training.train import Start, train
+
+    device = choose_device(options.device)
+    directory = options.runs_dir / (options.name or _name_of(options.data))
+    checkpoint = open_run(directory, resume=options.resume, force=options.force)
+    recipe = _recipe(options, checkpoint)
+    listing = read_listing(options.data).split(recipe.test_fraction, recipe.seed)
+    if checkpoint is not None:
+        match_run(directory, checkpoint, recipe, listing)
+    train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
+    test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
+    if options.force:
+        discard_run(directory)
+    start = Start(
+        recipe=recipe,
+        classes=listing.classes,
+        data=str(options.data),
+        data_digest=listing.digest,
+        command=options.command_line,
+        hardware=describe(device),
+        checkpoint=checkpoint,
+    )
+    _say(
+        f"Training {recipe.network} on {len(train_split.labels):,} images of {len(listing.classes)} classes, "
+        f"testing on {len(test_split.labels):,}, into {directory} ({start.hardware})."
+    )
+    finished = 0 if checkpoint is None else len(checkpoint.history)
+    try:
+        for epoch in train(directory, start, train_split, test_split, device):
+            finished = epoch.epoch
+            _say(
+                f"epoch {epoch.epoch}/{recipe.epochs}  train loss {epoch.train_loss:.4f}, {epoch.train_accuracy:.2%}  "
+                f"test loss {epoch.test_loss:.4f}, {epoch.test_accuracy:.2%}  "
+                f"{epoch.seconds:.1f} s, {epoch.images_per_s:,.0f} images/s"
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(directory, finished, recipe.epochs, options.command_line)) from None
+    _draw_run(directory, test_split, device)
+    _say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and pictures of the run.")
+
+
+def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: str) -> str:
+    if not finished:
+        return "interrupted before the first epoch was finished; nothing is kept."
+    again = command_line if " --resume" in command_line else f"{command_line} --resume"
+    again = again.replace(" --force", "")
+    return f"interrupted; {directory}/checkpoint.pt holds epoch {finished} of {epochs}: continue with `{again}`."
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from training.classifiers import open_classifier
+    from training.data import load_split, read_listing
+    from training.devices import choose_device
+    from training.evaluate import measure_figures
+
+    classifier = open_classifier(options.model, choose_device(options.device))
+    data = _data_of(options.model, options.data)
+    listing = read_listing(data).relabelled(classifier.labels)
+    if options.split != "all":
+        listing = listing.split(classifier.test_fraction, classifier.seed)
+    split = load_split(listing.part(options.split), classifier.pixels, options.cache_dir)
+    probabilities = classifier.probabilities(split)
+    figures = measure_figures(probabilities, split.labels, classifier.labels)
+    if options.out is not None:
+        from training.pictures import draw_confusion, draw_mistakes
+
+        draw_confusion(figures, options.out)
+        draw_mistakes(split, probabilities, classifier.labels, options.out)
+    if options.json:
+        about = {"model": str(options.model), "data": str(data), "split": options.split}
+        _say(json.dumps(about | figures.record() | {"command": options.command_line}, ensure_ascii=False))
+    else:
+        _say(figures.headline())
+        Console().print(figures.table())
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from training.classifiers import open_classifier
+    from training.devices import choose_device
+    from training.evaluate import predict, prediction_table
+
+    classifier = open_classifier(options.model, choose_device(options.device))
+    probabilities = predict(classifier, options.files)
+    Console().print(prediction_table(options.files, probabilities, classifier.labels, options.top))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from training.classifiers import servable_of
+    from training.data import load_split, read_listing
+    from training.export import Offer
+    from training.runs import read_checkpoint
+
+    checkpoint = read_checkpoint(options.model)
+    recipe = checkpoint.recipe
+    data = _data_of(options.model, options.data)
+    listing = read_listing(data).relabelled(checkpoint.classes).split(recipe.test_fraction, recipe.seed)
+    split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
+    name = options.name or options.model.resolve().name
+    offer = Offer(
+        name=name,
+        version=_version(options, name),
+        description=options.description or f"{recipe.network} trained on {Path(checkpoint.data).name}.",
+        labels=checkpoint.classes,
+        pixels=recipe.pixels,
+        training={
+            "recipe": recipe.model_dump(mode="json"),
+            "history": [asdict(epoch) for epoch in checkpoint.history],
+            "weights": "those after the last epoch",
+            "seconds": round(sum(epoch.seconds for epoch in checkpoint.history), 1),
+            "hardware": checkpoint.hardware,
+            "data": checkpoint.data,
+            "command": checkpoint.command,
+        },
+        data=f"{data}, its test part",
+        source=options.source or f"Trained on {checkpoint.data} by convoy-train.",
+        licence=options.licence,
+        command=options.command_line,
+    )
+    _write(servable_of(checkpoint), offer, split, options.models_dir)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from training.data import load_split, read_listing
+    from training.export import Offer
+    from training.published import read_labels, read_network
+    from training.servable import Servable
+
+    recipe = _recipe(options, checkpoint=None)
+    labels = read_labels(options.labels)
+    network = read_network(options.weights, recipe, classes=len(labels))
+    listing = read_listing(options.data).relabelled(labels)
+    split = load_split(listing.part("all"), recipe.pixels, options.cache_dir)
+    preprocessing = recipe.model_dump(mode="json", include=set(IMPORT_KNOBS))
+    offer = Offer(
+        name=options.name,
+        version=_version(options, options.name),
+        description=options.description or f"{recipe.network} with published weights.",
+        labels=labels,
+        pixels=recipe.pixels,
+        training={"recipe": preprocessing, "weights": f"published: {options.weights.name}"},
+        data=f"{options.data}, all of it",
+        source=options.source,
+        licence=options.licence,
+        command=options.command_line,
+    )
+    _write(Servable(network, recipe), offer, split, options.models_dir)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from training.fetch import ARCHIVES, fetch
+
+    path = fetch(ARCHIVES[options.dataset], options.into)
+    _say(f"{path} is the published archive: train on it with `convoy-train train --data {path}`.")
+
+
+# ---------------------------------------------------------------- what they share
+
+
+def _recipe(options: argparse.Namespace, checkpoint: "Checkpoint | None") -> Recipe:
+    """Return the recipe of the flags that were given, upon the run's own where one is resumed."""
+    given = {knob: getattr(options, knob) for knob in Recipe.model_fields if hasattr(options, knob)}
+    stored = {} if checkpoint is None else checkpoint.recipe.model_dump()
+    return make_recipe(**(stored | given))
+
+
+def _data_of(model: Path, given: Path | None) -> Path:
+    """Return the data to measure on: what was given, or what the run was trained on."""
+    from training.runs import is_run, read_checkpoint
+
+    if given is not None:
+        return given
+    if not is_run(model):
+        raise RunError(f"{model} is not a run, so it does not say what to measure it on: give --data.")
+    return Path(read_checkpoint(model).data)
+
+
+def _version(options: argparse.Namespace, name: str) -> str:
+    from training.export import check_name, next_version
+
+    check_name(name)
+    version = options.version or next_version(options.models_dir, name)
+    if (options.models_dir / name / version).exists() and not options.force:
+        raise ExportError(
+            f"{options.models_dir / name / version} exists: leave --version out for the next free one, "
+            "or replace it with --force."
+        )
+    return version
+
+
+def _write(servable: "Servable", offer: "Offer", split: "Split", models_dir: Path) -> None:
+    from training.export import GOLDEN_TOLERANCE, export
+
+    target = models_dir / offer.name / offer.version
+    exported = export(servable, offer, split, target)
+    size_mb = exported.bundle.manifest.model.size_bytes / 1e6
+    _say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
+    _say(f"ONNX Runtime and PyTorch differ by at most {exported.difference:.1e} in a probability.")
+    for wrong, change in exported.detects.items():
+        if change <= GOLDEN_TOLERANCE:
+            _say(f"Note: the golden images would not notice {wrong}: this network hardly reacts to it.")
+
+
+def _draw_run(directory: Path, split: "Split", device: "torch.device") -> None:
+    from training.classifiers import open_classifier
+    from training.evaluate import measure_figures
+    from training.pictures import draw_confusion, draw_curves, draw_mistakes
+    from training.runs import read_checkpoint
+
+    classifier = open_classifier(directory, device)
+    probabilities = classifier.probabilities(split)
+    draw_curves(read_checkpoint(directory).history, directory)
+    draw_confusion(measure_figures(probabilities, split.labels, classifier.labels), directory)
+    draw_mistakes(split, probabilities, classifier.labels, directory)
+
+
+def _name_of(data: Path) -> str:
+    """Name a run after its data: `data/flowers` → `flowers`, `cifar-10-python.tar.gz` → `cifar-10-python`."""
+    return data.resolve().name.partition(".tar")[0].removesuffix(".tgz")
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="convoy-train", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_fetch(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_export(commands)
+    _add_import(commands)
+    return parser
+
+
+def _add_fetch(commands: Any) -> None:
+    parser = commands.add_parser("fetch", help="download a data set from its home, and check it")
+    parser.set_defaults(run=_fetch)
+    parser.add_argument("dataset", choices=("cifar10", "cifar10-binary"), help="what to download")
+    parser.add_argument("--into", type=Path, default=Path("data"), help="folder for the archive (%(default)s)")
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train a network by a recipe", description="Train into runs/NAME.")
+    parser.set_defaults(run=_train)
+    parser.add_argument("--data", type=Path, required=True, help=DATA_HELP)
+    parser.add_argument("--name", help="name of the run; default: the data's")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (%(default)s)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run after its last finished epoch")
+    again.add_argument("--force", action="store_true", help="discard the run that is there, and start anew")
+    _add_device(parser)
+    _add_cache(parser)
+    _add_knobs(parser.add_argument_group("recipe", "The defaults are the article's."), tuple(Recipe.model_fields))
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="measure a run or a bundle on labelled images")
+    parser.set_defaults(run=_evaluate)
+    parser.add_argument("model", type=Path, help="run directory (PyTorch) or bundle directory (ONNX Runtime)")
+    parser.add_argument("--data", type=Path, help=f"{DATA_HELP}; default: what the run was trained on")
+    parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="which part (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print every figure as one line of JSON")
+    parser.add_argument("--out", type=Path, help="folder for pictures of confusions and worst mistakes")
+    _add_device(parser)
+    _add_cache(parser)
+
+
+def _add_predict(commands: Any) -> None:
+    parser = commands.add_parser("predict", help="classify image files")
+    parser.set_defaults(run=_predict)
+    parser.add_argument("model", type=Path, help="run directory (PyTorch) or bundle directory (ONNX Runtime)")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="JPEG, PNG or WebP images")
+    parser.add_argument("--top", type=int, default=3, help="how many labels to show (%(default)s)")
+    _add_device(parser)
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="turn a run into a bundle that proves itself")
+    parser.set_defaults(run=_export)
+    parser.add_argument("model", type=Path, metavar="run", help="run directory")
+    parser.add_argument("--data", type=Path, help=f"{DATA_HELP}; default: what the run was trained on")
+    parser.add_argument("--name", help="name of the model; default: the run's")
+    parser.add_argument("--source", help="where the data comes from, for the manifest")
+    parser.add_argument("--licence", default="not stated", help="terms of use, for the manifest (%(default)s)")
+    _add_bundle(parser)
+    _add_cache(parser)
+
+
+def _add_import(commands: Any) -> None:
+    parser = commands.add_parser("import", help="turn published weights into a bundle that proves itself")
+    parser.set_defaults(run=_import)
+    parser.add_argument("--weights", type=Path, required=True, help="PyTorch state dict of the network")
+    parser.add_argument(
+        "--labels", type=Path, required=True, help="text file, one label a line, in the order of outputs"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="images to compare and measure on; folders named by label"
+    )
+    parser.add_argument("--name", required=True, help="name of the model")
+    parser.add_argument("--source", required=True, help="where the weights come from, for the manifest")
+    parser.add_argument("--licence", required=True, help="terms of use, for the manifest")
+    _add_bundle(parser)
+    _add_cache(parser)
+    _add_knobs(parser.add_argument_group("recipe", "As the weights were trained."), IMPORT_KNOBS)
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
+    parser.add_argument("--version", help="a whole number; default: the next free one")
+    parser.add_argument("--force", action="store_true", help="replace the version if it exists")
+    parser.add_argument("--description", help="what the model is, for the manifest")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)"
+    )
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=_default_cache(),
+        help="where decoded images are kept between starts (%(default)s)",
+    )
+
+
+def _add_knobs(group: Any, knobs: tuple[str, ...]) -> None:
+    """Add a flag per knob; values stay text, which the recipe reads and checks, and a flag not given stays absent."""
+    for knob in knobs:
+        field = Recipe.model_fields[knob]
+        text = f"{field.description} [{_shown(field.default)}]".replace("%", "%%")
+        if field.annotation is bool:
+            group.add_argument(flag(knob), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif get_origin(field.annotation) is Literal:
+            choices = get_args(field.annotation)
+            group.add_argument(flag(knob), choices=choices, default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(flag(knob), metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The device that training computes on, and the promise that it computes the same twice."""
+
+import os
+import platform
+
+import torch
+
+from training.errors import RecipeError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        RecipeError: CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: PyTorch finds no CUDA device here; use --device cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def deterministic() -> None:
+    """Make operations repeat bit for bit; one that cannot on CUDA warns and is used all the same."""
+    # cuBLAS reads this when it is first used, and repeats itself only with it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def describe(device: torch.device) -> str:
+    """Say what the figures of a run were measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"

@@ -1,0 +1,111 @@
+"""What a data set holds before anything is decoded: named pictures, their labels, and how they are split.
+
+Pure records and the arithmetic of the split; reads nothing from disk but one picture's own bytes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from training.errors import DataError
+
+TRAIN, TEST = "train", "test"
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One labelled picture: an encoded file, or pixels out of an archive."""
+
+    name: str
+    """Unique in its data set, and what a sentence calls it: `test/cat/0001.jpg`."""
+    label: int
+    stamp: str
+    """Changes when the content does: size and time of a file, digest of pixels."""
+    content: Path | NDArray[np.uint8]
+    """The file, or uint8 `[height, width, 3]`."""
+
+    def encoded(self) -> bytes:
+        """Return the picture as a file: its own bytes, or its pixels as PNG, which loses nothing."""
+        if isinstance(self.content, Path):
+            return self.content.read_bytes()
+        buffer = BytesIO()
+        Image.fromarray(self.content).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The classes and the pictures of a data set; `test` is None where the data does not say which are for test."""
+
+    classes: tuple[str, ...]
+    train: tuple[Picture, ...]
+    test: tuple[Picture, ...] | None
+
+    @property
+    def digest(self) -> str:
+        """Identify the data set by its classes, names and labels, wherever it lies."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for picture in self.part(ALL):
+            digest.update(f"\n{picture.name}\0{picture.label}".encode())
+        return digest.hexdigest()
+
+    def part(self, name: str) -> tuple[Picture, ...]:
+        """Return the pictures of `train`, `test` or `all`."""
+        if name == ALL:
+            return self.train + (self.test or ())
+        return self.train if name == TRAIN else (self.test or ())
+
+    def relabelled(self, labels: tuple[str, ...]) -> "Listing":
+        """Number the classes as a model does; the data may lack some of its labels.
+
+        Raises:
+            DataError: the model does not know one of the classes.
+        """
+        for name in self.classes:
+            if name not in labels:
+                raise DataError(
+                    f"The model has no label '{name}', which the data has: rename or remove that class folder."
+                )
+        places = [labels.index(name) for name in self.classes]
+        train, test = (
+            tuple(replace(picture, label=places[picture.label]) for picture in part)
+            for part in (self.train, self.test or ())
+        )
+        return Listing(labels, train, None if self.test is None else test)
+
+    def split(self, test_fraction: float, seed: int) -> "Listing":
+        """Hold out the same share of every class, drawn from `seed`; a listing with its own test part stays as it is.
+
+        Raises:
+            DataError: a class has a single picture, which cannot be both trained on and tested.
+        """
+        if self.test is not None:
+            return self
+        held_out: set[int] = set()
+        labels = np.array([picture.label for picture in self.train])
+        for label, name in enumerate(self.classes):
+            members = np.flatnonzero(labels == label)
+            if len(members) == 1:
+                raise DataError(
+                    f"The class '{name}' has one image, and needs two to be split into train and test: add images, "
+                    "or give the data a train/ and a test/ folder."
+                )
+            count = min(max(1, round(len(members) * test_fraction)), max(0, len(members) - 1))
+            held_out |= set(np.random.default_rng([seed, label]).permutation(members)[:count].tolist())
+        return Listing(
+            self.classes,
+            train=tuple(picture for index, picture in enumerate(self.train) if index not in held_out),
+            test=tuple(self.train[index] for index in sorted(held_out)),
+        )
+
+
+def labels_of(pictures: Sequence[Picture]) -> NDArray[np.int64]:
+    """Return the labels, int64 `[n]`."""
+    return np.array([picture.label for picture in pictures], dtype=np.int64)

@@ -1,0 +1,82 @@
+"""Pictures of a run: its curves, its confusions, its worst mistakes. Draws figures that others have computed."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+
+from training.atomic import replacing
+from training.data import Split
+from training.evaluate import Figures
+from training.runs import Epoch
+
+CURVES_FILE = "curves.png"
+CONFUSION_FILE = "confusion.png"
+MISTAKES_FILE = "mistakes.png"
+
+DOTS_PER_INCH = 110
+MISTAKES = 24
+COLUMNS = 8
+MOST_NAMED_CLASSES = 25
+
+
+def draw_curves(history: Sequence[Epoch], directory: Path) -> None:
+    """Draw loss and accuracy of each epoch."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    epochs = [epoch.epoch for epoch in history]
+    for axes, what, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("nats", "share"), strict=True):
+        for part, colour in (("train", "tab:orange"), ("test", "tab:blue")):
+            values = [getattr(epoch, f"{part}_{what}") for epoch in history]
+            axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=part)
+        axes.set(xlabel="epoch", ylabel=f"{what} ({unit})")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, directory / CURVES_FILE)
+
+
+def draw_confusion(figures: Figures, directory: Path) -> None:
+    """Draw the confusion matrix, each row as shares of its true class."""
+    counts = figures.confusion
+    shares = np.nan_to_num(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    figure = Figure(figsize=(6.4, 5.8), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="true", title=figures.headline())
+    if len(figures.labels) <= MOST_NAMED_CLASSES:
+        places = range(len(figures.labels))
+        axes.set_xticks(places, figures.labels, rotation=45, ha="right")
+        axes.set_yticks(places, figures.labels)
+        for (row, column), share in np.ndenumerate(shares):
+            colour = "white" if share > 0.5 else "black"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    _save(figure, directory / CONFUSION_FILE)
+
+
+def draw_mistakes(split: Split, probabilities: NDArray[np.float32], labels: tuple[str, ...], directory: Path) -> None:
+    """Draw the wrong answers that were given with the most confidence: true label over given label."""
+    given = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(given != split.labels)
+    worst = wrong[np.argsort(-probabilities[wrong, given[wrong]], kind="stable")][:MISTAKES]
+    rows = max(1, -(-len(worst) // COLUMNS))
+    figure = Figure(figsize=(1.25 * COLUMNS, 1.65 * rows), layout="constrained")
+    for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:
+        axes.axis("off")
+    for axes, index in zip(grid.flat, worst.tolist(), strict=False):
+        axes.imshow(split.images[index])
+        sure = probabilities[index, given[index]]
+        axes.set_title(f"{labels[split.labels[index]]}\nnot {labels[given[index]]} ({sure:.0%})", fontsize=7)
+    _save(figure, directory / MISTAKES_FILE)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG of at most 256 colours: a third of the bytes, and no difference to the eye."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=DOTS_PER_INCH)
+    with replacing(path) as file:
+        Image.open(drawn).convert("RGB").quantize(256).save(file, "PNG", optimize=True)

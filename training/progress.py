@@ -1,0 +1,31 @@
+"""Progress bars, on stderr, and only for a person: a log gets plain lines instead."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Advance]:
+    """Show a bar; the value yielded advances it: `advance(32, note="loss 0.51")`."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total, note="")
+
+        def advance(count: int, note: str | None = None) -> None:
+            progress.update(task, advance=count)
+            if note is not None:
+                progress.update(task, note=note)
+
+        yield advance

@@ -1,0 +1,103 @@
+"""The recipe: every knob of a training, once.
+
+A field's name is its command-line flag, its description is its help, its default is the article's value. The record
+goes into the checkpoint and into the bundle's manifest, and is the only source of the bundle's pixel recipe. Knows
+neither PyTorch nor files.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from app.manifest import PixelRecipe
+from training.errors import RecipeError
+
+
+def _three(value: Any) -> Any:
+    """Take `0.5`, `"0.5"` or `"0.49,0.48,0.45"` for a channel triple."""
+    if isinstance(value, str):
+        value = value.split(",")
+    elif isinstance(value, int | float):
+        value = [value]
+    return [value[0]] * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+Channels = Annotated[tuple[float, float, float], BeforeValidator(_three)]
+
+
+class Recipe(BaseModel):
+    """What is trained and how; the defaults are the article's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    network: str = Field(default="article_cnn", description="Network to train, by name.")
+    size: int = Field(default=32, ge=8, le=1024, description="Side of the square that the network sees, pixels.")
+    resize_short_side: int = Field(
+        default=0, ge=0, le=8192, description="Short side after the resize, before the crop, pixels; 0 means --size."
+    )
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = Field(
+        default="bilinear", description="How an image is resized."
+    )
+    exif: Literal["apply", "ignore"] = Field(
+        default="apply", description="Whether the camera's orientation tag turns the picture upright."
+    )
+    min_decode_ratio: float = Field(
+        default=2.0,
+        ge=0,
+        description="Least size of a JPEG decoded at reduced scale, in short sides after resize; 0: never.",
+    )
+    test_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="Share held out for test where the data has no test/ folder."
+    )
+
+    epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(default=32, ge=1, description="Images per step.")
+    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="Adam, or SGD with momentum 0.9.")
+    learning_rate: float = Field(default=0.001, gt=0, description="Step size, constant.")
+    loss: Literal["cross-entropy"] = Field(default="cross-entropy", description="Training loss.")
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="Share of features dropped before the last layer.")
+    seed: int = Field(default=0, ge=0, description="Same seed, data and machine: same weights, bit for bit.")
+
+    rescale: float = Field(default=1 / 255, gt=0, description="Factor on pixel values 0-255, before mean and std.")
+    mean: Channels = Field(default=(0.0, 0.0, 0.0), description="Subtracted after rescale; one number or R,G,B.")
+    std: Channels = Field(default=(1.0, 1.0, 1.0), description="Divided by after mean; one number or R,G,B.")
+
+    shear: float = Field(default=0.2, ge=0, lt=90, description="Augmentation: shear up to this many degrees.")
+    zoom: float = Field(default=0.2, ge=0, lt=1, description="Augmentation: scale each axis by 1 ± this.")
+    flip: bool = Field(default=True, description="Augmentation: mirror half of the images.")
+
+    @property
+    def pixels(self) -> PixelRecipe:
+        """The half of preprocessing that training and serving share; the other half is in the graph."""
+        return PixelRecipe(
+            height=self.size,
+            width=self.size,
+            resize_short_side=self.resize_short_side or self.size,
+            interpolation=self.interpolation,
+            exif=self.exif,
+            min_decode_ratio=self.min_decode_ratio,
+        )
+
+
+def make_recipe(**fields: Any) -> Recipe:
+    """Build a recipe from knobs, values as numbers or as text.
+
+    Raises:
+        RecipeError: a knob is unknown or its value impossible; the sentence names its flag.
+    """
+    try:
+        recipe = Recipe.model_validate(fields)
+        if not all(recipe.std):
+            raise RecipeError("--std: 0 cannot be divided by.")
+        _ = recipe.pixels
+    except ValidationError as error:
+        problem = error.errors()[0]
+        knob = str(problem["loc"][0]) if problem["loc"] else "resize_short_side"
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{flag(knob)}: {reason[0].lower()}{reason[1:]}.") from error
+    return recipe
+
+
+def flag(knob: str) -> str:
+    """Return the command-line flag of a knob."""
+    return "--" + knob.replace("_", "-")

@@ -1,0 +1,162 @@
+"""The run directory: `runs/<name>/` with the recipe, the history and the last checkpoint.
+
+Owns what is on disk between two epochs. Each file is replaced whole, the checkpoint first, so a kill at any moment
+costs the running epoch and no more. Knows nothing of how an epoch is trained.
+"""
+
+import csv
+import pickle
+from dataclasses import asdict, astuple, dataclass, fields
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.atomic import replacing
+from training.errors import RunError
+from training.listing import Listing
+from training.recipes import Recipe, flag, make_recipe
+
+FORMAT = 1
+CHECKPOINT_FILE = "checkpoint.pt"
+RECIPE_FILE = "recipe.json"
+HISTORY_FILE = "history.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One row of the history; losses in nats, accuracies from 0 to 1.
+
+    The train figures are running means over the epoch, with augmentation and dropout, as Keras reports them; the test
+    figures are of the weights at its end.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+    images_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All that a later start needs: to resume, to evaluate, to export."""
+
+    recipe: Recipe
+    classes: tuple[str, ...]
+    data: str
+    """The path that was trained on, as it was given."""
+    data_digest: str
+    command: str
+    hardware: str
+    history: tuple[Epoch, ...]
+    network: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
+    """Replace the checkpoint, then the files for people that follow from it."""
+    record = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    record |= {
+        "format": FORMAT,
+        "recipe": checkpoint.recipe.model_dump(),
+        "classes": list(checkpoint.classes),
+        "history": [asdict(epoch) for epoch in checkpoint.history],
+    }
+    with replacing(directory / CHECKPOINT_FILE) as file:
+        torch.save(record, file)
+    with replacing(directory / RECIPE_FILE) as file:
+        file.write(f"{checkpoint.recipe.model_dump_json(indent=2)}\n".encode())
+    with replacing(directory / HISTORY_FILE) as file:
+        file.write(_csv(checkpoint.history).encode())
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read a run's checkpoint; nothing in it is executed.
+
+    Raises:
+        RunError: it is missing, damaged, or of another format.
+    """
+    path = directory / CHECKPOINT_FILE
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: no epoch of this run was finished.")
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise RunError(f"{path} is damaged and cannot be read: restore it, or train anew with --force.") from error
+    if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+        raise RunError(f"{path} is not a checkpoint of this version of convoy-train: train anew with --force.")
+    try:
+        record["recipe"] = make_recipe(**record["recipe"])
+        record["classes"] = tuple(record["classes"])
+        record["history"] = tuple(Epoch(**epoch) for epoch in record["history"])
+        return Checkpoint(**record)
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path} lacks a field of a checkpoint ({error}): train anew with --force.") from error
+
+
+def open_run(directory: Path, *, resume: bool, force: bool) -> Checkpoint | None:
+    """Return the checkpoint to continue from, or None where a run starts anew.
+
+    Raises:
+        RunError: a run is there and nothing says what to do with it, or there is none to resume.
+    """
+    if resume:
+        return read_checkpoint(directory)
+    if is_run(directory) and not force:
+        raise RunError(
+            f"{directory} already holds a run: continue it with --resume, discard it with --force, "
+            "or choose another --name."
+        )
+    return None
+
+
+def match_run(directory: Path, checkpoint: Checkpoint, recipe: Recipe, listing: Listing) -> None:
+    """Check that a resumed run would go on as it began; only `epochs` may differ.
+
+    Raises:
+        RunError: recipe, classes or data are not those of the run.
+    """
+    for knob, before in checkpoint.recipe.model_dump().items():
+        now = getattr(recipe, knob)
+        if now != before and knob != "epochs":
+            raise RunError(
+                f"{directory} was begun with {flag(knob)} {before}, not {now}: leave {flag(knob)} out to resume it."
+            )
+    if listing.classes != checkpoint.classes:
+        changed = min(set(listing.classes) ^ set(checkpoint.classes))
+        raise RunError(f"{directory} was begun with other classes ('{changed}' differs): resume it with its own data.")
+    if listing.digest != checkpoint.data_digest:
+        raise RunError(
+            f"{directory} was begun with other images in {checkpoint.data}: resume it with the same files, "
+            "or train anew with --force."
+        )
+    if len(checkpoint.history) > recipe.epochs:
+        raise RunError(
+            f"{directory} has finished {len(checkpoint.history)} epochs, more than --epochs {recipe.epochs}: "
+            "ask for more, or train anew with --force."
+        )
+
+
+def discard_run(directory: Path) -> None:
+    """Delete the files of an earlier run, so that a resume cannot continue it by mistake."""
+    for name in (CHECKPOINT_FILE, RECIPE_FILE, HISTORY_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def is_run(directory: Path) -> bool:
+    """Say whether a directory holds the checkpoint of a run."""
+    return (directory / CHECKPOINT_FILE).is_file()
+
+
+def _csv(history: tuple[Epoch, ...]) -> str:
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Epoch)])
+    for epoch in history:
+        writer.writerow([f"{value:.6g}" for value in astuple(epoch)])
+    return text.getvalue()

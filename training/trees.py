@@ -1,0 +1,83 @@
+"""Folders of images: `train/<class>/*` with `test/<class>/*`, or `<class>/*` to be split.
+
+Owns every rule of the layout, and names the file or folder that breaks one. Decodes nothing.
+"""
+
+import os
+from pathlib import Path
+
+from training.errors import DataError
+from training.listing import TEST, TRAIN, Listing, Picture
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def read_tree(root: Path) -> Listing:
+    """List a tree; classes are the folders' names in sorted order. Hidden files and folders are ignored.
+
+    Raises:
+        DataError: the tree breaks a rule of the layout.
+    """
+    folders = {entry.name for entry in _entries(root) if entry.is_dir()}
+    if not folders & {TRAIN, TEST}:
+        classes = _classes(root)
+        return Listing(classes, _pictures(root, root, classes), test=None)
+    for missing in {TRAIN, TEST} - folders:
+        present = TRAIN if missing == TEST else TEST
+        raise DataError(
+            f"{root} has {present}/ but no {missing}/: add {missing}/<class>/, "
+            f"or give {root / present} as the data to have it split."
+        )
+    classes = _classes(root / TRAIN)
+    _check_same_classes(root, classes, _classes(root / TEST))
+    return Listing(classes, _pictures(root, root / TRAIN, classes), test=_pictures(root, root / TEST, classes))
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            raise DataError(f"{folder / entry.name} is not in a class folder: move it into {folder}/<class>/.")
+    names = sorted(entry.name for entry in _entries(folder))
+    if not names:
+        raise DataError(f"{folder} is empty: it needs one folder of images per class.")
+    if len(names) == 1:
+        raise DataError(f"{folder} has the single class '{names[0]}': a classifier needs two or more class folders.")
+    return tuple(names)
+
+
+def _check_same_classes(root: Path, train: tuple[str, ...], test: tuple[str, ...]) -> None:
+    for name in sorted(set(test) ^ set(train)):
+        has, lacks = (TEST, TRAIN) if name in test else (TRAIN, TEST)
+        raise DataError(
+            f"{root / has / name} has no counterpart {root / lacks / name}: train and test need the same classes, "
+            "spelt alike."
+        )
+
+
+def _pictures(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[Picture, ...]:
+    pictures: list[Picture] = []
+    for label, name in enumerate(classes):
+        found = [_picture(root, folder / name, entry, label) for entry in _entries(folder / name)]
+        if not found:
+            raise DataError(f"{folder / name} holds no images: add some, or remove the folder.")
+        pictures += found
+    return tuple(pictures)
+
+
+def _picture(root: Path, folder: Path, entry: os.DirEntry[str], label: int) -> Picture:
+    path = folder / entry.name
+    if entry.is_dir():
+        raise DataError(f"{path} is a folder inside a class folder: move its images up, or make it a class.")
+    if not entry.name.lower().endswith(SUFFIXES):
+        raise DataError(f"{path} is not a .jpg, .jpeg, .png or .webp image: remove it from the class folder.")
+    status = entry.stat()
+    return Picture(path.relative_to(root).as_posix(), label, f"{status.st_size}.{status.st_mtime_ns}", path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is visible in a folder, in sorted order."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as a folder of images: {error.strerror}.") from error
