@@ -38,8 +38,12 @@ class Classifier:
 
     def probabilities(self, split: Split, batch: int = BATCH) -> NDArray[np.float32]:
         """Classify a split: float32 `[n, classes]`."""
-        starts = range(0, len(split.images), batch)
-        return np.concatenate([self.run(np.asarray(split.images[start : start + batch])) for start in starts])
+        return in_batches(self.run, split.images, batch)
+
+
+def in_batches(run: Run, images: NDArray[np.uint8], batch: int) -> NDArray[np.float32]:
+    """Classify uint8 `[n, height, width, 3]` a batch at a time: float32 `[n, classes]`."""
+    return np.concatenate([run(np.asarray(images[at : at + batch])) for at in range(0, len(images), batch)])
 
 
 def open_classifier(path: Path, device: torch.device) -> Classifier:

@@ -191,7 +191,7 @@ def _export(options: argparse.Namespace) -> None:
         licence=options.licence,
         command=options.command_line,
     )
-    _write(servable_of(checkpoint), offer, split, options.models_dir)
+    _write(servable_of(checkpoint), offer, split, options)
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -218,7 +218,7 @@ def _import(options: argparse.Namespace) -> None:
         licence=options.licence,
         command=options.command_line,
     )
-    _write(Servable(network, recipe), offer, split, options.models_dir)
+    _write(Servable(network, recipe), offer, split, options)
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -262,17 +262,19 @@ def _version(options: argparse.Namespace, name: str) -> str:
     return version
 
 
-def _write(servable: "Servable", offer: "Offer", split: "Split", models_dir: Path) -> None:
+def _write(servable: "Servable", offer: "Offer", split: "Split", options: argparse.Namespace) -> None:
     from training.export import GOLDEN_TOLERANCE, export
+    from training.trees import read_photos
 
-    target = models_dir / offer.name / offer.version
-    exported = export(servable, offer, split, target)
+    target = options.models_dir / offer.name / offer.version
+    golden_from = read_photos(options.golden_from) if options.golden_from else ()
+    exported = export(servable, offer, split, target, golden_from)
     size_mb = exported.bundle.manifest.model.size_bytes / 1e6
     _say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
     _say(f"ONNX Runtime and PyTorch differ by at most {exported.difference:.1e} in a probability.")
-    for wrong, change in exported.detects.items():
-        if change <= GOLDEN_TOLERANCE:
-            _say(f"Note: the golden images would not notice {wrong}: this network hardly reacts to it.")
+    unnoticed = [wrong for wrong, change in exported.detects.items() if change <= GOLDEN_TOLERANCE]
+    if unnoticed:
+        _say(f"Note: this network hardly reacts to {', '.join(unnoticed)}, so its golden images would not notice.")
 
 
 def _draw_run(directory: Path, split: "Split", device: "torch.device") -> None:
@@ -393,6 +395,12 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
     parser.add_argument("--version", help="a whole number; default: the next free one")
     parser.add_argument("--force", action="store_true", help="replace the version if it exists")
+    parser.add_argument(
+        "--golden-from",
+        type=Path,
+        metavar="FOLDER",
+        help="photos to make the golden set from, where the test images may not be passed on; default: test images",
+    )
     parser.add_argument("--description", help="what the model is, for the manifest")
 
 

@@ -77,16 +77,16 @@ def wrong_recipes(pixels: PixelRecipe) -> Iterator[tuple[str, PixelRecipe]]:
 
 
 def _verbatim(pictures: Sequence[Picture], pixels: PixelRecipe, run: Run) -> dict[str, bytes]:
-    """Take files as they are: the surest answers among the first, each with a label of its own."""
+    """Take files as they are: the surest answers among the first, of different labels as far as there are."""
     small = [(picture, data) for picture in pictures[: TRIED * 8] if len(data := picture.encoded()) <= FILE_LIMIT_BYTES]
     if not small:
         return {}
     rows = run(_decode([data for _, data in small], pixels))
-    chosen: dict[int, bytes] = {}
-    for index in np.argsort(-_margins(rows), kind="stable").tolist():
-        if len(chosen) < VERBATIM:
-            chosen.setdefault(int(rows[index].argmax()), small[index][1])
-    return {f"test-{number}.{_suffix(data)}": data for number, data in enumerate(chosen.values(), 1)}
+    surest = np.argsort(-_margins(rows), kind="stable")
+    _, first_of_label = np.unique(rows[surest].argmax(axis=1), return_index=True)
+    ordered = [*np.sort(first_of_label), *np.setdiff1d(np.arange(len(surest)), first_of_label)]
+    chosen = [small[surest[place]][1] for place in ordered[:VERBATIM]]
+    return {f"verbatim-{number}.{_suffix(data)}": data for number, data in enumerate(chosen, 1)}
 
 
 def _as_png(sources: Sequence[Photo], pixels: PixelRecipe) -> bytes:

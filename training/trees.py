@@ -9,6 +9,7 @@ from pathlib import Path
 from training.errors import DataError
 from training.listing import TEST, TRAIN, Listing, Picture
 
+NO_LABEL = -1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -31,6 +32,18 @@ def read_tree(root: Path) -> Listing:
     classes = _classes(root / TRAIN)
     _check_same_classes(root, classes, _classes(root / TEST))
     return Listing(classes, _pictures(root, root / TRAIN, classes), test=_pictures(root, root / TEST, classes))
+
+
+def read_photos(folder: Path) -> tuple[Picture, ...]:
+    """List the images that lie in one folder, without classes; other files are passed over.
+
+    Raises:
+        DataError: there is no image, or no such folder.
+    """
+    found = [entry for entry in _entries(folder) if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
+    if not found:
+        raise DataError(f"{folder} holds no .jpg, .jpeg, .png or .webp image.")
+    return tuple(_picture(folder, folder, entry, NO_LABEL) for entry in found)
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

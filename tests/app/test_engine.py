@@ -20,9 +20,11 @@ class HeldSession:
 
     def __init__(self) -> None:
         self.gate = threading.Event()
+        self.entered = threading.Event()
         self.rows_run = 0
 
     def run(self, pixels):
+        self.entered.set()
         assert self.gate.wait(10)
         self.rows_run += len(pixels)
         scores = np.zeros((len(pixels), len(COLOURS)), np.float32)
@@ -48,6 +50,13 @@ class Bench:
         with self.engine.admit() as ticket:
             prediction = await self.engine.classify(self.model, images, time.monotonic() + timeout_s, ticket)
         return prediction.probabilities
+
+    async def occupy(self) -> asyncio.Task:
+        """Let one request into the held session, so that whatever comes next waits in line."""
+        stuck = asyncio.create_task(self.classify(plain_image("red")))
+        while not self.session.entered.is_set():
+            await asyncio.sleep(0.005)
+        return stuck
 
     def dropped(self, stage: str, reason: str) -> float:
         return self.metrics.dropped.labels("colours", stage, reason)._value.get()
@@ -82,9 +91,7 @@ def test_images_come_back_in_order(tmp_path):
 
 def test_the_deadline_frees_the_client_while_the_session_is_stuck(tmp_path):
     async def scenario(bench):
-        stuck = asyncio.create_task(bench.classify(plain_image("red")))
-        while bench.model.batcher._line.rows or not bench.admission.images:
-            await asyncio.sleep(0.005)
+        stuck = await bench.occupy()
         started = time.monotonic()
         with pytest.raises(DeadlineError, match="'queue'"):
             await bench.classify(plain_image("red"), timeout_s=0.1)
@@ -99,9 +106,7 @@ def test_the_deadline_frees_the_client_while_the_session_is_stuck(tmp_path):
 
 def test_a_cancelled_request_in_line_is_counted_and_not_run(tmp_path):
     async def scenario(bench):
-        stuck = asyncio.create_task(bench.classify(plain_image("red")))
-        while not bench.admission.images or bench.model.batcher._line.rows:
-            await asyncio.sleep(0.005)
+        stuck = await bench.occupy()
         leaving = asyncio.create_task(bench.classify(plain_image("red"), plain_image("blue")))
         while bench.model.batcher._line.rows < 2:
             await asyncio.sleep(0.005)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.bundles import make_bundle, plain_image
-from tests.servers import convoy
+from tests.servers import ConvoyProcess, convoy
 
 RED = plain_image("red")
 
@@ -244,6 +244,12 @@ def test_a_client_that_leaves_is_not_worked_for(slow_models, tmp_path):
         assert metrics[gone] + metrics['convoy_images_total{model="slow",version="1"}'] == 13
 
 
+def accepted(server: ConvoyProcess) -> float:
+    """Images that are inside or have been answered."""
+    metrics = server.metrics()
+    return metrics["convoy_inflight_images"] + metrics['convoy_images_total{model="slow",version="1"}']
+
+
 def wait_for(condition, timeout_s: float = 10) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -256,7 +262,7 @@ def test_a_signal_lets_everything_accepted_finish_and_exits_0(slow_models, tmp_p
     with convoy(slow_models, tmp_path / "log", sessions=1, max_batch=2) as server, ThreadPoolExecutor(10) as pool:
         clients = [httpx.Client(base_url=server.url, timeout=30) for _ in range(10)]
         answers = [pool.submit(client.post, "/predict", content=RED) for client in clients]
-        wait_for(lambda: server.metrics()["convoy_inflight_images"] >= 8)
+        wait_for(lambda: accepted(server) == 10)
         assert server.stop(signal_number=signal_number) == 0
         assert [future.result().status_code for future in answers] == [200] * 10
         assert server.lines()[-1]["message"] == "stopped"

@@ -1,6 +1,6 @@
 import pytest
 
-from app import runtime
+from app import cli, logs, runtime
 from app.errors import RuntimeMissingError
 
 
@@ -20,9 +20,8 @@ def test_both_wheels_are_refused():
 
 
 def test_a_start_without_runtime_is_one_sentence(monkeypatch, capsys, models):
-    from app import cli
-
     monkeypatch.setattr(runtime, "installed_wheels", dict)
+    monkeypatch.setattr(logs, "configure", lambda *_: None)  # it would outlive this test
     monkeypatch.delenv("CONVOY_MODELS", raising=False)
     assert cli.main(["serve", "--models", str(models), "--port", "0"]) == 2
     assert "ONNX Runtime is not installed" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from tests.servers import ConvoyProcess, convoy
 NEEDS_PROMETHEUS = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus (Debian package of that name) is not installed"
 )
-pytestmark = [NEEDS_PROMETHEUS, pytest.mark.slow, pytest.mark.xdist_group("prometheus")]
+pytestmark = NEEDS_PROMETHEUS
 
 # Nothing is refused or dropped unless something goes wrong.
 MAY_BE_EMPTY = "convoy_dropped_total"

@@ -58,7 +58,6 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-@pytest.mark.xdist_group("training")
 def test_a_run_directory_holds_recipe_history_checkpoint_and_pictures(finished: Path):
     run = finished / "runs" / "insects"
     assert sorted(entry.name for entry in run.iterdir()) == [
@@ -77,7 +76,6 @@ def test_a_run_directory_holds_recipe_history_checkpoint_and_pictures(finished: 
     assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
 
 
-@pytest.mark.xdist_group("training")
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished: Path, tree: Path, tmp_path: Path):
     cli.main(flags(tree, tmp_path / "again"))
     cli.main(flags(tree, tmp_path / "other", seed=1))
@@ -85,8 +83,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished: 
     assert not same(weights(tmp_path / "other"), weights(finished))
 
 
-@pytest.mark.xdist_group("training")
-@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights(finished: Path, tree: Path, tmp_path: Path):
     # A hundred times the images an epoch has here would be needed to meet it in the middle: slow the steps instead.
     slow = "import time, training.train as t; take = t.take; t.take = lambda *a: (time.sleep(0.2), take(*a))[1]; "
@@ -107,8 +103,6 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights(finished: Path
     assert same(weights(tmp_path), weights(finished))
 
 
-@pytest.mark.xdist_group("training")
-@pytest.mark.slow
 def test_ctrl_c_says_where_the_checkpoint_is_and_how_to_go_on(tree: Path, tmp_path: Path):
     process = subprocess.Popen(
         convoy_train(*flags(tree, tmp_path, epochs=100_000)),

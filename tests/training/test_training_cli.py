@@ -28,8 +28,6 @@ def convoy_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("export")
 def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
     draw_tree: Callable[..., Path],
     tmp_path: Path,
