@@ -5,6 +5,7 @@ the others. Knows nothing of requests.
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -22,6 +23,8 @@ from app.metrics import Metrics, ModelMetrics
 from app.sessions import OnnxSession, Session
 
 log = logging.getLogger(__name__)
+
+VERSION = re.compile("[1-9][0-9]{0,8}")
 
 
 class State(StrEnum):
@@ -168,6 +171,8 @@ class Repository:
         )
 
     def _prove_and_start(self, entry: Entry) -> tuple[LoadedModel, float]:
+        if not entry.version:
+            raise BundleError(f"{entry.directory} holds no version: a bundle lies in {entry.directory / '1'}.")
         bundle = read_bundle(entry.directory)
         manifest = bundle.manifest
         if (manifest.name, manifest.version) != (entry.name, entry.version):
@@ -198,8 +203,10 @@ class Repository:
 def find_models(root: Path) -> list[Entry]:
     """Return one entry for each model under `root`, in its highest version; hidden names and files are passed over.
 
+    A folder without a version in it is an entry too, with an empty version: it is somebody's mistake, to be told.
+
     Raises:
-        SettingsError: `root` is no directory, or holds no model.
+        SettingsError: `root` is no directory, or holds no folder.
     """
     if not root.is_dir():
         raise SettingsError(f"The models directory {root} does not exist: set --models or CONVOY_MODELS.")
@@ -207,10 +214,9 @@ def find_models(root: Path) -> list[Entry]:
     for directory in sorted(root.iterdir()):
         if not directory.is_dir() or directory.name.startswith("."):
             continue
-        versions = [int(path.name) for path in directory.iterdir() if path.is_dir() and path.name.isdecimal()]
-        if versions:
-            version = str(max(versions))
-            entries.append(Entry(directory.name, version, directory / version))
+        versions = [int(path.name) for path in directory.iterdir() if path.is_dir() and VERSION.fullmatch(path.name)]
+        version = str(max(versions)) if versions else ""
+        entries.append(Entry(directory.name, version, directory / version))
     if not entries:
         raise SettingsError(f"The models directory {root} holds no bundle (<name>/<version>/model.json).")
     return entries

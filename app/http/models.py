@@ -6,6 +6,9 @@ from app.errors import UnknownModelError
 from app.http.schemas import ErrorResponse, ModelDetail, ModelList, ModelSummary
 from app.repository import Entry, Repository
 
+# Also keeps FastAPI from promising a 422 of its own shape.
+ANY_FAULT = {"model": ErrorResponse, "description": "Any other fault"}
+
 
 def routes(repository: Repository) -> APIRouter:
     """Return the routes that describe models."""
@@ -15,7 +18,7 @@ def routes(repository: Repository) -> APIRouter:
     async def models() -> ModelList:
         return ModelList(default=repository.default, models=[_summary(entry) for entry in repository.entries.values()])
 
-    @router.get("/models/{model}", summary="One model", responses={404: {"model": ErrorResponse}})
+    @router.get("/models/{model}", summary="One model", responses={404: {"model": ErrorResponse}, "default": ANY_FAULT})
     async def model(model: str) -> ModelDetail:
         entry = repository.entries.get(model)
         if entry is None:

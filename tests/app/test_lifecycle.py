@@ -69,6 +69,12 @@ def not_onnx(directory: Path) -> None:
     edit_manifest(directory, lambda manifest: manifest["model"].update(sha256=digest, size_bytes=len(data)))
 
 
+def no_version(directory: Path) -> None:
+    for path in directory.iterdir():
+        path.rename(directory.parent / path.name)
+    directory.rmdir()
+
+
 def another_name(directory: Path) -> None:
     edit_manifest(directory, lambda manifest: manifest.update(name="somebody-else"))
 
@@ -81,6 +87,7 @@ DAMAGE = {
     truncate_golden: r"golden/noise\.jpg is not the file that was exported",
     no_manifest: r"model\.json is missing",
     not_onnx: r"is not a graph that ONNX Runtime can load",
+    no_version: r"no-version holds no version: a bundle lies in \S+/no-version/1",
     another_name: r"holds the manifest of somebody-else version 1",
 }
 
