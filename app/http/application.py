@@ -1,4 +1,4 @@
-"""The FastAPI application, assembled from its routes. A pure function of what it is given."""
+"""The application, assembled: observation, the direct way for predictions, and FastAPI for all routes."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp
 
 from app import __version__
 from app.engine import Engine
@@ -32,13 +33,13 @@ def create_app(
     request_timeout_ms: int,
     access_log: bool,
     lifespan: Lifespan,
-) -> FastAPI:
+) -> ASGIApp:
     """Return the application over an engine and a repository; `lifespan` starts and stops them."""
     # FastAPI's own /docs loads its scripts from a public CDN: blank in a closed network.
     app = FastAPIOffline(title="Convoy", version=__version__, description=DESCRIPTION, lifespan=lifespan)
-    app.add_middleware(Observe, metrics=metrics, access_log=access_log)
     errors.install(app)
-    app.include_router(predict.routes(predict.Predictor(engine, limits, request_timeout_ms)))
+    predictor = predict.Predictor(engine, limits, request_timeout_ms)
+    app.include_router(predict.routes(predictor))
     app.include_router(models.routes(repository))
     app.include_router(health.routes(repository, metrics, why_not_ready))
 
@@ -46,4 +47,4 @@ def create_app(
     async def root() -> Response:
         return RedirectResponse("/docs")
 
-    return app
+    return Observe(predict.Front(app, predictor), metrics, access_log)

@@ -7,14 +7,13 @@ that names it.
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope
 
 from app.engine import Ticket
 from app.errors import BadRequestError, TooLargeError, UnsupportedMediaTypeError
@@ -49,7 +48,43 @@ class BodyLimits:
     max_images: int
 
 
-async def read_images(request: Request, ticket: Ticket, limits: BodyLimits) -> list[bytes]:
+class ClientGoneError(Exception):
+    """The client left before its body was read or its answer was ready; there is nobody to tell."""
+
+
+@dataclass(slots=True)
+class Head:
+    """The request headers that a prediction looks at."""
+
+    content_type: str = ""
+    content_encoding: str = "identity"
+    content_length: int = 0
+    timeout_ms: int | None = None
+
+    @classmethod
+    def of(cls, scope: Scope) -> Self:
+        """Read them from an ASGI scope.
+
+        Raises:
+            BadRequestError: Timeout-Ms is no whole number above 0.
+        """
+        head = cls()
+        for name, value in scope["headers"]:
+            if name == b"content-type":
+                head.content_type = value.decode("latin-1")
+            elif name == b"content-length":
+                head.content_length = int(value)  # the server refuses what is not a number
+            elif name == b"content-encoding":
+                head.content_encoding = value.decode("latin-1").lower()
+            elif name == b"timeout-ms":
+                if not value.isdigit() or not int(value[:9]):
+                    shown = value.decode("latin-1")
+                    raise BadRequestError(f"The header Timeout-Ms = {shown!r} is not a whole number above 0.")
+                head.timeout_ms = int(value[:9])
+        return head
+
+
+async def read_images(head: Head, receive: Receive, ticket: Ticket, limits: BodyLimits) -> list[bytes]:
     """Read a request's body and return its encoded images, in order, at least one.
 
     Raises:
@@ -57,9 +92,10 @@ async def read_images(request: Request, ticket: Ticket, limits: BodyLimits) -> l
         TooLargeError: body or number of images is beyond the limits.
         QueueFullError: the service holds too many bytes already.
         BadRequestError: the body is empty, or not what its Content-Type says.
+        ClientGoneError: the client left before its body was complete.
     """
-    kind, boundary = _content_type(request)
-    body = await _read(request, ticket, limits.max_body_bytes)
+    kind, boundary = _content_type(head)
+    body = await _read(head, receive, ticket, limits.max_body_bytes)
     if not body:
         raise BadRequestError("The body is empty: send an image, a form with files, or JSON with images.")
     if kind in RAW_TYPES:
@@ -76,12 +112,15 @@ async def read_images(request: Request, ticket: Ticket, limits: BodyLimits) -> l
     return images
 
 
-def _content_type(request: Request) -> tuple[str, bytes]:
+def _content_type(head: Head) -> tuple[str, bytes]:
     """Return the media type in lower case and, for a form, its boundary."""
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding != "identity":
-        raise UnsupportedMediaTypeError(f"Content-Encoding {encoding} is not taken: send the body as it is.")
-    raw, options = parse_options_header(request.headers.get("content-type", ""))
+    if head.content_encoding != "identity":
+        raise UnsupportedMediaTypeError(
+            f"Content-Encoding {head.content_encoding} is not taken: send the body as it is."
+        )
+    if head.content_type in RAW_TYPES:
+        return head.content_type, b""
+    raw, options = parse_options_header(head.content_type)
     kind = raw.decode("latin-1").strip().lower()
     if kind not in RAW_TYPES and kind not in ("application/json", "multipart/form-data"):
         raise UnsupportedMediaTypeError(
@@ -91,37 +130,41 @@ def _content_type(request: Request) -> tuple[str, bytes]:
     return kind, options.get(b"boundary", b"")
 
 
-async def _read(request: Request, ticket: Ticket, limit: int) -> bytes:
+async def _read(head: Head, receive: Receive, ticket: Ticket, limit: int) -> bytes:
     """Read the body, held against the ticket: by Content-Length at once, else chunk by chunk."""
-    too_large = TooLargeError(f"The body is too large: at most {limit:,} bytes are taken.", code="body_too_large")
-    declared = int(request.headers.get("content-length", 0))  # the parser refuses what is not a number
-    if declared > limit:
-        raise too_large
-    ticket.hold_bytes(declared)
+    too_large = f"The body is too large: at most {limit:,} bytes are taken."
+    if head.content_length > limit:
+        raise TooLargeError(too_large, code="body_too_large")
+    ticket.hold_bytes(head.content_length)
     chunks: list[bytes] = []
     size = 0
-    stream = request.stream()
-    async for chunk in stream:
+    more = True
+    while more:
+        chunk, more = await _receive_chunk(receive)
         size += len(chunk)
         if size > limit:
             chunks.clear()
-            await _swallow(stream, SWALLOW_BODIES * limit)
-            raise too_large
+            await _swallow(more, receive, SWALLOW_BODIES * limit)
+            raise TooLargeError(too_large, code="body_too_large")
         if size > ticket.bytes:
             ticket.hold_bytes(size - ticket.bytes)
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def _swallow(stream: AsyncIterator[bytes], limit: int) -> None:
+async def _receive_chunk(receive: Receive) -> tuple[bytes, bool]:
+    """Return the next piece of the body, and whether there are more."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _swallow(more: bool, receive: Receive, limit: int) -> None:
     size = 0
-    try:
-        async for chunk in stream:
-            size += len(chunk)
-            if size > limit:
-                return
-    except ClientDisconnect:
-        return
+    while more and size <= limit:
+        chunk, more = await _receive_chunk(receive)
+        size += len(chunk)
 
 
 def _parse(kind: str, boundary: bytes, body: bytes) -> list[bytes]:

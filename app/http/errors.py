@@ -1,11 +1,13 @@
 """Faults become responses here and nowhere else: `{"error": "<one sentence>", "code": "<reason>"}`."""
 
+import json
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from app.errors import BadRequestError, ConvoyError, QueueFullError, TooLargeError
 from app.http.observe import Trace, trace_of
@@ -18,21 +20,34 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
-def error_response(fault: ConvoyError, trace: Trace) -> Response:
-    """Return the response for a fault, and leave its code in the trace."""
+async def send_error(fault: ConvoyError, trace: Trace, send: Send) -> None:
+    """Send the response for a fault, and leave its code in the trace."""
     trace.code = fault.code
-    headers = {}
+    body = json.dumps({"error": fault.message, "code": fault.code}, ensure_ascii=False).encode("utf-8", "replace")
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(fault, QueueFullError):
-        headers["Retry-After"] = str(fault.retry_after_s)
+        headers.append((b"retry-after", b"%d" % fault.retry_after_s))
     if isinstance(fault, TooLargeError):
         # The rest of the body may be unread; the connection cannot serve another request.
-        headers["Connection"] = "close"
-    return JSONResponse({"error": fault.message, "code": fault.code}, fault.status, headers)
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": fault.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _ErrorResponse(Response):
+    """A fault as FastAPI's exception handlers want it."""
+
+    def __init__(self, fault: ConvoyError) -> None:
+        super().__init__()
+        self._fault = fault
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_error(self._fault, trace_of(scope), send)
 
 
 async def _convoy_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ConvoyError)
-    return error_response(error, trace_of(request.scope))
+    return _ErrorResponse(error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -40,7 +55,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     problem = error.errors()[0]
     place, name = problem["loc"][0], problem["loc"][-1]
     fault = BadRequestError(f"{place} parameter {name} = {problem.get('input')!r}: {problem['msg'].lower()}.")
-    return error_response(fault, trace_of(request.scope))
+    return _ErrorResponse(fault)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -36,6 +36,7 @@ class Trace:
 
     request_id: str
     started: float
+    route: str = ""
     model: str = ""
     version: str = ""
     images: int = 0
@@ -82,7 +83,7 @@ class Observe:
 
     def _record(self, scope: Scope, trace: Trace) -> None:
         seconds = time.monotonic() - trace.started
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = trace.route or getattr(scope.get("route"), "path", "unmatched")
         self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
         self._metrics.request_duration.labels(trace.model, route).observe(seconds)
         if trace.code and trace.status not in _FAILED_INSIDE:
