@@ -13,7 +13,7 @@ ENV ORT_DISABLE_TELEMETRY=1 \
 WORKDIR /build
 # The venv gets no pip of its own: the builder's pip installs into it from outside.
 RUN python -m venv --without-pip /opt/convoy
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml constraints.txt constraints-gpu.txt ./
 
 
 # Dependencies come before the code, in layers of their own: those of the GPU image are 2.7 GB, and a change in app/
@@ -34,7 +34,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM dependencies AS dependencies-gpu
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r gpu.txt && \
+    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -c constraints-gpu.txt -r gpu.txt && \
     /opt/convoy/bin/python -c "import onnxruntime"
 
 

@@ -46,6 +46,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) for training (once; PyTorch is large) …"
 	$(PIP_INSTALL) --editable '.[cpu,train]'
 	@touch $(VENV)/.serve $@
 
