@@ -1,20 +1,23 @@
 """The command `convoy`: serve, predict, health. Parses words, prints answers; the work is elsewhere."""
 
 import argparse
+import http.client
 import json
+import logging
 import os
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from app import __version__
-from app.errors import ConvoyError
+from app.errors import BadRequestError, ConvoyError
 from app.settings import Settings, flag_of, variable_of
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 PREDICT_SETTINGS = ("models", "device", "default_model", "max_image_pixels")
 HEALTH_SETTINGS = ("host", "port")
 
@@ -24,9 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
     except ConvoyError as error:
         print(f"convoy: {error.message}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `convoy predict … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return status
 
 
@@ -84,23 +93,27 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings.from_sources(os.environ, flags)
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace) -> NoReturn:
     from app import logs, service
 
     settings = _settings(options)
     logs.configure(settings.log_format, settings.log_level)
     service.serve(settings)
-    return 0
+    # All is answered and said. A decode or a load that is stuck in native code would hold up the interpreter's own end,
+    # or make it abort: neither may turn a clean drain into a crash.
+    logging.shutdown()
+    os._exit(0)
 
 
 def _predict(options: argparse.Namespace) -> int:
     from app.offline import Classifier, image_files
     from app.terminal import print_json, print_table
 
+    if options.top_k < 1:
+        raise BadRequestError(f"--top-k cannot be {options.top_k}: at least one class is shown.")
     files = image_files(options.images)
     classifier = Classifier(_settings(options), options.model)
-    k = min(max(1, options.top_k), len(classifier.bundle.manifest.labels))
-    answers = classifier.classify(files, k)
+    answers = classifier.classify(files, options.top_k)
     show = print_json if options.json else print_table
     failures = show(answers, len(files))
     return 1 if failures else 0
@@ -112,15 +125,25 @@ def _health(options: argparse.Namespace) -> int:
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/readyz"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a container's HTTP_PROXY is not for this
     try:
-        with direct.open(url, timeout=5) as response:
+        answer = _answer_of(direct, url)
+    except (OSError, http.client.HTTPException) as error:
+        print(f"not ready: {url} does not answer: {error}")
+        return 1
+    except (ValueError, KeyError, TypeError):
+        print(f"not ready: what answers at {url} is not Convoy")
+        return 1
+    print(answer or "ready")
+    return 1 if answer else 0
+
+
+def _answer_of(opener: urllib.request.OpenerDirector, url: str) -> str:
+    """Return why the service at `url` is not ready, or an empty string."""
+    try:
+        with opener.open(url, timeout=5) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
         answer = json.load(error)
-    except OSError as error:
-        print(f"not ready: {url} does not answer: {error}")
-        return 1
-    print("ready" if answer["ready"] else f"not ready: {answer['reason']}")
-    return 0 if answer["ready"] else 1
+    return "" if answer["ready"] else f"not ready: {answer['reason']}"
 
 
 if __name__ == "__main__":

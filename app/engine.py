@@ -8,7 +8,8 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -73,11 +74,16 @@ class Admission:
         metrics.inflight_images.set_function(lambda: self.images)
         metrics.inflight_bytes.set_function(lambda: self.bytes)
 
+    def give_back(self, images: int) -> None:
+        """Let go of images that were held without a ticket."""
+        self.images -= images
+
     def retry_after_s(self) -> int:
         """Return how long it takes to drain what is inside at the measured rate, whole seconds from 1 to 30."""
         rate = self.rate.per_second()
-        seconds = self.images / rate if rate > 0 else 1
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds)))
+        # After a long silence the rate is so small that the quotient may be infinite: bound it before rounding.
+        seconds = min(MAX_RETRY_AFTER_S, self.images / rate) if rate > 0 else 1
+        return max(1, math.ceil(seconds))
 
 
 class Ticket:
@@ -88,8 +94,8 @@ class Ticket:
         self.images = 0
         self.bytes = 0
 
-    def hold_bytes(self, count: int) -> None:
-        """Hold `count` more bytes of body.
+    def expect_bytes(self, count: int) -> None:
+        """Check that `count` more bytes of body would fit now, without holding them: announced is not sent.
 
         Raises:
             QueueFullError: they do not fit.
@@ -100,7 +106,15 @@ class Ticket:
                 "The service is full: it holds as many bytes of images as it may.",
                 retry_after_s=admission.retry_after_s(),
             )
-        admission.bytes += count
+
+    def hold_bytes(self, count: int) -> None:
+        """Hold `count` more bytes of body.
+
+        Raises:
+            QueueFullError: they do not fit.
+        """
+        self.expect_bytes(count)
+        self._admission.bytes += count
         self.bytes += count
 
     def hold_images(self, count: int) -> None:
@@ -201,17 +215,19 @@ class LocalEngine:
         return Prediction(model, probabilities, stages)
 
     def close(self) -> None:
-        """Stop the decode pool; blocks until running decodes have ended."""
-        self._decoders.shutdown(cancel_futures=True)
+        """Stop the decode pool; a decode that runs cannot be interrupted, and is not waited for."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def _decode(self, model: LoadedModel, images: Sequence[bytes], stages: Stages) -> NDArray[np.uint8]:
         """Decode all images in the pool; on cancellation those that have not started never do."""
         started = time.monotonic()
-        recipe, loop = model.manifest.pixels, asyncio.get_running_loop()
-        waiting = [
-            loop.run_in_executor(self._decoders, decode, image, recipe, self._max_image_pixels) for image in images
-        ]
-        decoded = await asyncio.gather(*waiting, return_exceptions=True)
+        recipe = model.manifest.pixels
+        running = [self._decoders.submit(decode, image, recipe, self._max_image_pixels) for image in images]
+        try:
+            decoded = await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
+        except asyncio.CancelledError:
+            self._keep_counting(running)
+            raise
         stages.decode_s = time.monotonic() - started
         for index, result in enumerate(decoded):
             if isinstance(result, ConvoyError):
@@ -219,6 +235,19 @@ class LocalEngine:
             if isinstance(result, BaseException):
                 raise result
         return np.stack(decoded)  # type: ignore[arg-type]  # no exception is left in it
+
+    def _keep_counting(self, given_up: Sequence[Future[NDArray[np.uint8]]]) -> None:
+        """Count images that nobody waits for until their decoding, which cannot be interrupted, has ended."""
+        loop, admission = asyncio.get_running_loop(), self._admission
+
+        def give_back(_: Future[NDArray[np.uint8]]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the service has stopped
+                loop.call_soon_threadsafe(admission.give_back, 1)
+
+        for future in given_up:
+            if future.running():
+                admission.images += 1
+                future.add_done_callback(give_back)
 
     async def _infer(
         self, model: LoadedModel, pixels: NDArray[np.uint8], deadline: float, stages: Stages

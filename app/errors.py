@@ -11,6 +11,8 @@ class ConvoyError(Exception):
     """A fault with one sentence for a person; `status` and `code` say what an HTTP client gets."""
 
     status: ClassVar[int] = 500
+    closes: ClassVar[bool] = False
+    """Whether the connection must end with the answer, because what is left of the request cannot be read."""
     code: str = "internal"
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
@@ -31,6 +33,12 @@ class BadRequestError(ConvoyError):
     code = "bad_request"
 
 
+class LostBodyError(BadRequestError):
+    """The request asks for an upgrade, at which the HTTP parser stops: its body cannot be had."""
+
+    closes = True
+
+
 class UnknownModelError(ConvoyError):
     """No model, or no version of it, has that name."""
 
@@ -42,6 +50,7 @@ class TooLargeError(ConvoyError):
     """Body, image or number of images is beyond a limit of the service."""
 
     status = 413
+    closes = True
     code = "too_large"
 
 

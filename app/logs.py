@@ -18,6 +18,7 @@ def configure(log_format: str, level: str) -> None:
         log_format = "text" if sys.stderr.isatty() else "json"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.captureWarnings(True)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # uvicorn's own story (started, waiting, finished) repeats ours.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
@@ -52,6 +53,12 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one readable line."""
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        fields = " ".join(f"{name}={value}" for name, value in fields_of(record).items())
+        fields = " ".join(f"{name}={_plain(value)}" for name, value in fields_of(record).items())
         line = f"{clock} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _plain(value: object) -> str:
+    """Write a value so that it cannot pass for another field, another line, or a terminal's control sequence."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text)

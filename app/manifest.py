@@ -31,8 +31,10 @@ OUTPUT_NAME = "probabilities"
 """Graph output: float32 `[N, classes]`, each row sums to 1."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
+VERSION_PATTERN = r"[1-9][0-9]{0,8}"
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+Version = Annotated[str, Field(pattern=f"^{VERSION_PATTERN}$")]
 RelativeFile = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")]
 
 

@@ -41,6 +41,8 @@ class Classifier:
         forbid_pillow_guesses()
         entries = {entry.name: entry for entry in find_models(settings.models)}
         name = name or default_of(entries, settings.default_model)
+        if not name:
+            raise UnknownModelError(f"No model is the default one: give --model, one of {', '.join(entries)}.")
         if name not in entries:
             raise UnknownModelError(
                 f"There is no model '{name}' in {settings.models}; there are: {', '.join(entries)}."

@@ -18,13 +18,14 @@ import numpy as np
 from app.batcher import Batcher
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
 from app.golden import prove
-from app.manifest import Bundle, Manifest, read_bundle, verify_files
+from app.manifest import NAME_PATTERN, VERSION_PATTERN, Bundle, Manifest, read_bundle, verify_files
 from app.metrics import Metrics, ModelMetrics
 from app.sessions import OnnxSession, Session
 
 log = logging.getLogger(__name__)
 
-VERSION = re.compile("[1-9][0-9]{0,8}")
+FIRST_CHOICE = "imagenet"
+"""The default model where nothing else is said: the one that comes along."""
 
 
 class State(StrEnum):
@@ -77,12 +78,12 @@ class Repository:
         Args:
             root: directory of bundles.
             metrics: where states and figures are shown.
-            default: name of the default model.
+            default: name of the default model; empty: imagenet, or the only one.
             open_sessions: makes a bundle's sessions.
             start: starts the batcher over sessions that have proved themselves.
 
         Raises:
-            SettingsError: `root` does not exist or holds no model.
+            SettingsError: `root` does not exist or holds no model, or `default` is none of them.
         """
         self._metrics = metrics
         self._open_sessions = open_sessions
@@ -111,11 +112,12 @@ class Repository:
             UnknownModelError: there is no model of that name.
             UnavailableError: it is loading, or it failed to load.
         """
-        entry = self.entries.get(name or self.default)
+        name = name or self.default
+        if not name:
+            raise UnknownModelError(f"No model is the default one: ask for one by name, among {self._known()}.")
+        entry = self.entries.get(name)
         if entry is None:
-            known = ", ".join(sorted(self.entries))
-            which = f"model '{name}'" if name else f"default model '{self.default}'"
-            raise UnknownModelError(f"There is no {which} here; there are: {known}.")
+            raise UnknownModelError(f"There is no model '{name[:80]}' here; there are: {self._known()}.")
         if entry.model is not None:
             return entry.model
         if entry.state is State.LOADING:
@@ -140,6 +142,9 @@ class Repository:
         for entry in self.entries.values():
             if entry.model is not None:
                 entry.model.batcher.close()
+
+    def _known(self) -> str:
+        return ", ".join(sorted(self.entries))
 
     def _load(self, entry: Entry) -> None:
         started = time.monotonic()
@@ -172,7 +177,9 @@ class Repository:
 
     def _prove_and_start(self, entry: Entry) -> tuple[LoadedModel, float]:
         if not entry.version:
-            raise BundleError(f"{entry.directory} holds no version: a bundle lies in {entry.directory / '1'}.")
+            raise BundleError(
+                f"{entry.directory} holds no version that can be read: a bundle lies in {entry.directory / '1'}."
+            )
         bundle = read_bundle(entry.directory)
         manifest = bundle.manifest
         if (manifest.name, manifest.version) != (entry.name, entry.version):
@@ -214,17 +221,36 @@ def find_models(root: Path) -> list[Entry]:
     for directory in sorted(root.iterdir()):
         if not directory.is_dir() or directory.name.startswith("."):
             continue
-        versions = [int(path.name) for path in directory.iterdir() if path.is_dir() and VERSION.fullmatch(path.name)]
-        version = str(max(versions)) if versions else ""
-        entries.append(Entry(directory.name, version, directory / version))
+        if re.fullmatch(NAME_PATTERN, directory.name):
+            version = _highest_version(directory)
+            entries.append(Entry(directory.name, version, directory / version))
+        else:
+            log.warning("folder passed over: not a model's name", extra={"folder": ascii(str(directory))})
     if not entries:
         raise SettingsError(f"The models directory {root} holds no bundle (<name>/<version>/model.json).")
     return entries
 
 
+def _highest_version(directory: Path) -> str:
+    """Return the highest version in a model's folder; empty where there is none, or it cannot be read."""
+    try:
+        versions = [path.name for path in directory.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    return max((name for name in versions if re.fullmatch(VERSION_PATTERN, name)), key=int, default="")
+
+
 def default_of(names: Collection[str], wanted: str) -> str:
-    """Return the name of the default model: `wanted`, but where there is just one model, that one."""
-    return next(iter(names)) if len(names) == 1 else wanted
+    """Return the default model's name: the wanted one; without a wish imagenet, or the only one, or none (empty).
+
+    Raises:
+        SettingsError: the wanted one is not there.
+    """
+    if wanted and wanted not in names:
+        raise SettingsError(f"There is no model '{wanted}' to be the default; there are: {', '.join(sorted(names))}.")
+    if wanted or len(names) == 1:
+        return wanted or next(iter(names))
+    return FIRST_CHOICE if FIRST_CHOICE in names else ""
 
 
 def check_graph(bundle: Bundle, session: OnnxSession) -> None:

@@ -27,7 +27,7 @@ class Settings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     models: Path = Field(default=Path("models"), description="Directory of bundles: <name>/<version>/model.json.")
     default_model: str = Field(
-        default="imagenet", description="The model of POST /predict; where there is just one model, that one is meant."
+        default="", description="The model of POST /predict. Empty: imagenet, or the only model that is there."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="cuda means CUDA or no start; auto takes CUDA where it works and says what it took."
@@ -46,28 +46,40 @@ class Settings(BaseModel):
     )
     decode_threads: int = Field(default=0, ge=0, le=256, description="Threads that decode; 0: one per usable CPU.")
     max_inflight_images: int = Field(
-        default=256, ge=1, description="Images inside the service at once; beyond it requests get 429."
+        default=256, ge=1, le=1_000_000, description="Images inside the service at once; beyond it requests get 429."
     )
     max_inflight_bytes: int = Field(
-        default=256_000_000, ge=1, description="Bytes of request bodies held at once; beyond it requests get 429."
+        default=256_000_000,
+        ge=1,
+        le=10**12,
+        description="Bytes of request bodies held at once; beyond it requests get 429.",
     )
-    max_body_bytes: int = Field(default=32_000_000, ge=1, description="Largest request body; larger ones get 413.")
-    max_images_per_request: int = Field(default=64, ge=1, description="Images in one request; more get 413.")
+    max_body_bytes: int = Field(
+        default=32_000_000, ge=1, le=10**12, description="Largest request body; larger ones get 413."
+    )
+    max_images_per_request: int = Field(
+        default=64, ge=1, le=100_000, description="Images in one request; more get 413."
+    )
     max_image_pixels: int = Field(
-        default=50_000_000, ge=1, description="Pixels of one image, by its header, before decoding; more get 413."
+        default=50_000_000,
+        ge=1,
+        le=10**9,
+        description="Pixels of one image, by its header, before decoding; more get 413.",
     )
     request_timeout_ms: int = Field(
         default=30_000,
         ge=1,
+        le=86_400_000,
         description="Deadline of a request, from its headers to its answer; Timeout-Ms shortens it.",
     )
     keep_alive_s: int = Field(
         default=75,
         ge=1,
+        le=86_400,
         description="Idle time of a connection. Above the usual proxy's 60, so that the proxy closes first.",
     )
     drain_timeout_s: int = Field(
-        default=30, ge=1, description="After SIGTERM, time to finish what was accepted before it is cut off."
+        default=30, ge=1, le=86_400, description="After SIGTERM, time to finish what was accepted before it is cut off."
     )
     require_all_models: bool = Field(
         default=False, description="/readyz needs every model ready, not only the default one."
@@ -100,6 +112,9 @@ class Settings(BaseModel):
         for field, value in (flags or {}).items():
             values[field] = value
             origin[field] = flag_of(field)
+        for field, value in values.items():
+            if value == "":  # an unset ${X} of a compose file; as a host it would mean every address
+                raise SettingsError(f"{origin[field]} is empty: give it a value, or leave it out.")
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -1,8 +1,10 @@
 """How answers look on a terminal: a table with a bar while it fills, or lines of JSON."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +18,7 @@ def print_json(answers: Iterable[Answer], total: int) -> int:
     """Print one JSON object a line as answers come; return how many of the `total` failed."""
     failures = 0
     for answer in answers:
-        line: dict[str, object] = {"file": str(answer.path)}
+        line: dict[str, object] = {"file": _shown(answer.path)}
         if answer.error:
             failures += 1
             line["error"] = answer.error
@@ -39,13 +41,18 @@ def print_table(answers: Iterable[Answer], total: int) -> int:
     for answer in _with_bar(answers, total):
         if answer.error:
             failures += 1
-            table.add_row(Text(str(answer.path)), Text(answer.error, style="red"), "", "")
+            table.add_row(Text(_shown(answer.path)), Text(answer.error, style="red"), "", "")
             continue
         best, *others = answer.top
         then = ", ".join(f"{score.label} {score.probability:.1%}" for score in others)
-        table.add_row(Text(str(answer.path)), Text(best.label), f"{best.probability:.1%}", Text(then))
+        table.add_row(Text(_shown(answer.path)), Text(best.label), f"{best.probability:.1%}", Text(then))
     Console().print(table)
     return failures
+
+
+def _shown(path: Path) -> str:
+    """Return a path's name with whatever is not UTF-8 in it replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _with_bar(answers: Iterable[Answer], total: int) -> Iterable[Answer]:

@@ -36,7 +36,9 @@ def create_app(
 ) -> ASGIApp:
     """Return the application over an engine and a repository; `lifespan` starts and stops them."""
     # FastAPI's own /docs loads its scripts from a public CDN: blank in a closed network.
-    app = FastAPIOffline(title="Convoy", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPIOffline(
+        title="Convoy", version=__version__, description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+    )
     errors.install(app)
     predictor = predict.Predictor(engine, limits, request_timeout_ms)
     app.include_router(predict.routes(predictor))

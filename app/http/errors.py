@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from app.errors import BadRequestError, ConvoyError, QueueFullError, TooLargeError
+from app.errors import BadRequestError, ConvoyError, QueueFullError
 from app.http.observe import Trace, trace_of
 
 
@@ -27,8 +27,7 @@ async def send_error(fault: ConvoyError, trace: Trace, send: Send) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(fault, QueueFullError):
         headers.append((b"retry-after", b"%d" % fault.retry_after_s))
-    if isinstance(fault, TooLargeError):
-        # The rest of the body may be unread; the connection cannot serve another request.
+    if fault.closes:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": fault.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -61,7 +60,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Answer what the framework itself refuses: an unknown path, a wrong method."""
     assert isinstance(error, HTTPException)
-    path = request.scope["path"]
+    path = request.scope["path"][:200]
     sentences = {
         HTTPStatus.NOT_FOUND: f"There is nothing at {path}; /docs lists all routes.",
         HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not a method of {path}.",

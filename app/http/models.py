@@ -22,7 +22,9 @@ def routes(repository: Repository) -> APIRouter:
     async def model(model: str) -> ModelDetail:
         entry = repository.entries.get(model)
         if entry is None:
-            raise UnknownModelError(f"There is no model '{model}' here; there are: {', '.join(repository.entries)}.")
+            raise UnknownModelError(
+                f"There is no model '{model[:80]}' here; there are: {', '.join(repository.entries)}."
+            )
         manifest = entry.model.manifest.model_dump(mode="json") if entry.model else None
         return ModelDetail(**_summary(entry).model_dump(), manifest=manifest)
 

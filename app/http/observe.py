@@ -4,6 +4,7 @@ A pure ASGI middleware around the whole application. Handlers leave what they le
 request's `Trace`; nothing here decides anything.
 """
 
+import asyncio
 import json
 import logging
 import re
@@ -27,6 +28,9 @@ _FAILED_INSIDE = frozenset({500, 504})
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 _INTERNAL_ERROR = json.dumps(
     {"error": "Something broke inside; the log has it under this request's id.", "code": "internal"}
+).encode()
+_CUT_OFF = json.dumps(
+    {"error": "The service is stopping, and this request was not done in time; send it again.", "code": "draining"}
 ).encode()
 
 
@@ -73,11 +77,15 @@ class Observe:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the drain is over, and this request was not
+            if trace.status == CLIENT_GONE:
+                trace.code = "draining"
+                await _send_plainly(send_with_id, 503, _CUT_OFF)
         except Exception:
             log.exception("request failed", extra={"request_id": trace.request_id})
             if trace.status == CLIENT_GONE:  # nothing was sent yet
                 trace.code = "internal"
-                await _send_internal_error(send_with_id)
+                await _send_plainly(send_with_id, 500, _INTERNAL_ERROR)
         finally:
             self._record(scope, trace)
 
@@ -111,7 +119,7 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-async def _send_internal_error(send: Send) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(_INTERNAL_ERROR)).encode())]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": _INTERNAL_ERROR})
+async def _send_plainly(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -119,7 +119,16 @@ class Front:
                 trace_of(scope).route = MODEL_ROUTE
                 await self._predictor.answer(name, scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._head(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer HEAD as GET, which load balancers expect of a probe; the server leaves the body out."""
+        as_get = {**scope, "method": "GET"}
+        await self._app(as_get, receive, send)
+        scope["route"] = as_get.get("route")
 
 
 class _Direct(Response):
@@ -164,7 +173,7 @@ def _wanted_top_k(query: bytes, classes: int) -> int:
     if not values:
         return min(DEFAULT_TOP_K, classes)
     if not (values[-1].isdigit() and 1 <= int(values[-1][:9]) <= classes):
-        shown = values[-1].decode("utf-8", "replace")
+        shown = values[-1][:40].decode("utf-8", "replace")
         raise BadRequestError(f"top_k = {shown!r} is not a whole number from 1 to the model's {classes} classes.")
     return int(values[-1])
 

@@ -52,6 +52,36 @@ def test_predict_and_the_service_agree(models, server, pictures):
         assert answer["top"] == served["results"][0]["top"]
 
 
+def test_a_reader_that_has_seen_enough_is_no_fault(models, pictures):
+    command = [sys.executable, "-m", "app.cli", "predict", "--models", models, "--model", "colours", "--json"]
+    with subprocess.Popen([*command, *[pictures] * 300], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_a_name_that_is_not_utf8_is_shown_all_the_same(models, pictures):
+    odd = os.fsencode(pictures) + b"/caf\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes(plain_image("red"))
+    for style in ((), ("--json",)):
+        command = [
+            sys.executable,
+            "-m",
+            "app.cli",
+            "predict",
+            odd,
+            "--models",
+            str(models),
+            "--model",
+            "colours",
+            *style,
+        ]
+        environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "200"}
+        result = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert "caf\N{REPLACEMENT CHARACTER}.png" in result.stdout.decode()
+
+
 def test_a_bad_file_among_good_ones_is_named_and_the_status_says_so(models, pictures):
     bad = pictures / "notes.txt"
     result = run("predict", pictures / "red.png", bad, "--models", models, "--model", "colours", "--json")
@@ -64,6 +94,7 @@ def test_a_bad_file_among_good_ones_is_named_and_the_status_says_so(models, pict
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("predict", "{red}", "--top-k", "0"), "--top-k cannot be 0"),
         (("predict", "nothing.jpg"), "There is no file nothing.jpg."),
         (("predict", "{empty}"), "holds no JPEG, PNG or WebP image."),
         (("predict", "{red}", "--model", "nobody", "--models", "{models}"), "There is no model 'nobody'"),

@@ -1,4 +1,5 @@
 import base64
+import http.client
 import io
 import json
 import re
@@ -177,11 +178,19 @@ BAD_REQUESTS = [
     ("form without file", {"data": {"a": "b"}, "files": {"x": (None, "text")}}, 400, "bad_request", "holds no file"),
     ("form with an empty file", {"files": {"f": b""}}, 422, "bad_image", "The image is empty"),
     ("form with one bad image", as_form(GOOD, b"bad", GOOD), 422, "bad_image", r"images[1]:"),
-    ("too many images", as_form(*[GOOD] * 41), 413, "too_many_images", "41 images; at most 40"),
+    ("too many images", as_form(*[GOOD] * 41), 413, "too_many_images", "more than 40 images"),
     ("broken json", {"content": b'{"images": [', "headers": JSON}, 400, "bad_request", "JSON body should be"),
     ("deep json", {"content": b"[" * 100_000, "headers": JSON}, 400, "bad_request", "JSON body should be"),
     ("json of another shape", {"json": ["a"]}, 400, "bad_request", "JSON body should be"),
     ("json with a stray field", {"json": {"images": ["aa=="], "top": 1}}, 400, "bad_request", "top"),
+    ("a million numbers in json", {"content": b'{"images":[' + b"1," * 900_000 + b"1]}", "headers": JSON}, 413,
+     "too_many_images", "more than 40 images"),
+    ("a million fields in json", {"content": b"{" + b'"a":1,' * 300_000 + b'"b":1}', "headers": JSON}, 413,
+     "too_many_images", "more than 40 images"),
+    ("ten thousand parts in a form", {"content": PART * 10_000 + b"--b--", "headers": {"Content-Type": FORM}}, 413,
+     "too_many_images", "more than 40 images"),
+    ("an upgrade that loses the body", {"content": GOOD, "headers": {"Connection": "Upgrade", "Upgrade": "h2c"}}, 400,
+     "bad_request", "lost to the header Upgrade: h2c"),
     ("json without images", {"json": {"images": []}}, 400, "bad_request", "images"),
     ("json with numbers", {"json": {"images": [1, 2]}}, 400, "bad_request", "images.0"),
     ("bad base64", {"json": {"images": [base64.b64encode(GOOD).decode(), "!!!"]}}, 400, "bad_request", "images[1]"),
@@ -218,6 +227,35 @@ def test_a_bad_request_gets_its_status_and_sentence_and_nothing_is_lost(server, 
     assert best(post(server, content=GOOD)) == ["red"], "the service no longer answers"
     assert server.metrics()["convoy_inflight_images"] == 0
     assert server.metrics()["convoy_inflight_bytes"] == 0
+
+
+def test_a_client_that_sends_first_and_reads_later_reads_the_413(server):
+    """`http.client` writes its whole body before it looks for an answer; a reset would hide the 413 from it."""
+    for _ in range(3):
+        connection = http.client.HTTPConnection(server.client.base_url.host, server.client.base_url.port, timeout=20)
+        connection.request("POST", "/predict", body=b"x" * 7_000_000)
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["code"]) == (413, "body_too_large")
+        connection.close()
+
+
+def test_head_is_answered_like_get_without_a_body(server):
+    for path in ("/livez", "/readyz", "/models"):
+        response = server.client.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+        assert response.headers["content-length"] == str(len(server.client.get(path).content))
+
+
+def test_nothing_redirects_to_a_host_of_the_client_s_choice(server):
+    response = server.client.get("/docs/", headers={"Host": "evil.example"})
+    assert response.status_code == 404 and "location" not in response.headers
+
+
+def test_a_corrupt_exif_block_does_not_reach_the_log(server):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\xff\xff\xff\xff\xff"
+    image = image_of("RGB", "JPEG", exif=exif)
+    assert post(server, content=image).status_code in (200, 422)
+    server.lines()  # parses every line as JSON
 
 
 def test_refusals_are_counted_by_reason(server):

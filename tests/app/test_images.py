@@ -161,6 +161,16 @@ def test_what_is_no_image_is_refused_with_a_sentence(data, error, sentence):
         decode(data, SQUARE)
 
 
+def test_a_jpeg_of_countless_scans_is_refused_before_it_is_decoded():
+    """A progressive JPEG repeats a scan of 12 bytes: each costs a pass over the whole picture."""
+    data = file_of(smooth_image((64, 64)).convert("L"), "JPEG", progressive=True)
+    assert decode(data, SQUARE).shape == (32, 32, 3)
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x10"
+    bomb = data[:-2] + scan * 9000 + b"\xff\xd9"
+    with pytest.raises(BadImageError, match="scans; at most 200"):
+        decode(bomb, SQUARE)
+
+
 @pytest.mark.parametrize("size", [(9000, 9000), (40_000, 2)])
 def test_too_many_pixels_are_refused_by_the_header_alone(size):
     bomb = file_of(Image.new("1", size))

@@ -1,11 +1,14 @@
 """Start, readiness, overload, deadlines, disconnects, stop: a real process, watched from outside."""
 
+import http.server
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,7 +90,7 @@ DAMAGE = {
     truncate_golden: r"golden/noise\.jpg is not the file that was exported",
     no_manifest: r"model\.json is missing",
     not_onnx: r"is not a graph that ONNX Runtime can load",
-    no_version: r"no-version holds no version: a bundle lies in \S+/no-version/1",
+    no_version: r"no-version holds no version that can be read: a bundle lies in \S+/no-version/1",
     another_name: r"holds the manifest of somebody-else version 1",
 }
 
@@ -141,6 +144,36 @@ def test_readiness_follows_the_default_model_or_all(tmp_path, settings, ready):
         assert ready or "bad" in response.json()["reason"]
         assert server.client.get("/livez").json() == {"live": True}
         assert server.client.post("/models/good/predict", content=RED).status_code == 200
+
+
+def test_a_default_model_that_is_not_there_is_a_refusal_to_start(models):
+    result = run_cli("serve", "--models", models, "--port", 0, "--default-model", "colour")
+    assert result.returncode == 2
+    assert "There is no model 'colour' to be the default; there are: colours, other." in result.stderr
+
+
+def test_without_a_default_model_others_are_served_by_name(models, tmp_path):
+    with convoy(models, tmp_path / "log") as server:
+        assert server.client.get("/readyz").status_code == 200
+        refusal = server.client.post("/predict", content=RED)
+        assert (refusal.status_code, refusal.json()["code"]) == (404, "unknown_model")
+        assert "colours, other" in refusal.json()["error"]
+        assert server.client.post("/models/other/predict", content=RED).status_code == 200
+
+
+def test_folders_that_cannot_be_models_harm_nothing(tmp_path):
+    models = tmp_path / "models"
+    make_bundle(models, "good")
+    for name in (b"bad\xff", b"UPPER", b"with space", b"line\nbreak"):
+        (models / os.fsdecode(name) / "1").mkdir(parents=True)
+    for version in ("02", "002", "latest", "\u0968"):
+        (models / "good" / version).mkdir()
+    with convoy(models, tmp_path / "log") as server:
+        assert server.client.get("/readyz").json()["models"] == {"good": "ready"}
+        assert server.client.post("/models/nobody/predict", content=RED).status_code == 404
+        assert server.client.get("/metrics").status_code == 200
+        passed_over = [line for line in server.lines() if line["message"].startswith("folder passed over")]
+        assert len(passed_over) == 4
 
 
 def test_the_highest_version_is_served(tmp_path):
@@ -277,6 +310,40 @@ def test_a_signal_lets_everything_accepted_finish_and_exits_0(slow_models, tmp_p
             client.close()
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_models_load_is_a_clean_stop(slow_models, tmp_path, signal_number, delay_s):
+    with convoy(slow_models, tmp_path / "log", loaded=False, max_batch=32, sessions=4) as server:
+        time.sleep(delay_s)
+        assert server.stop(signal_number=signal_number) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_what_the_drain_cuts_off_is_told_so(models, tmp_path):
+    with convoy(models, tmp_path / "log", default_model="colours", drain_timeout_s=1) as server:
+        address = (server.client.base_url.host, server.client.base_url.port)
+        with socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nonly this")
+            wait_for(lambda: server.metrics()["convoy_inflight_bytes"] == 9)
+            assert server.stop() == 0
+            answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503") and b'"code": "draining"' in answer
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_body_that_is_announced_and_not_sent_holds_nothing(models, tmp_path):
+    with convoy(models, tmp_path / "log", default_model="colours", max_inflight_bytes=100_000) as server:
+        address = (server.client.base_url.host, server.client.base_url.port)
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n"
+        idle = [socket.create_connection(address, timeout=10) for _ in range(8)]
+        for connection in idle:
+            connection.sendall(head)
+        wait_for(lambda: server.metrics()['convoy_inflight_requests{model="colours"}'] == 8)
+        assert server.client.post("/predict", content=RED).status_code == 200
+        for connection in idle:
+            connection.close()
+
+
 def test_convoy_health_speaks_for_the_service(models, tmp_path):
     with convoy(models, tmp_path / "log", default_model="colours") as server:
         port = server.client.base_url.port
@@ -284,6 +351,25 @@ def test_convoy_health_speaks_for_the_service(models, tmp_path):
         assert (healthy.returncode, healthy.stdout) == (0, "ready\n")
     gone = run_cli("health", "--port", port)
     assert gone.returncode == 1 and "does not answer" in gone.stdout
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[]", b"null"])
+def test_convoy_health_is_not_taken_in_by_others(body):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
+        thread = threading.Thread(target=other.handle_request)
+        thread.start()
+        result = run_cli("health", "--port", other.server_port)
+        thread.join()
+    assert result.returncode == 1 and "is not Convoy" in result.stdout
 
 
 def test_the_service_writes_nothing_beside_its_models(models, tmp_path):

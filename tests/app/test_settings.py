@@ -22,6 +22,8 @@ def test_flags_beat_the_environment_which_beats_the_default():
         ({"CONVOY_PORT": "tcp://10.0.0.1:8000"}, "CONVOY_PORT cannot be .* enableServiceLinks: false"),
         ({"CONVOY_PORT": "70000"}, "CONVOY_PORT cannot be '70000'"),
         ({"CONVOY_MAX_BATCH": "0"}, "CONVOY_MAX_BATCH cannot be '0'"),
+        ({"CONVOY_HOST": ""}, "CONVOY_HOST is empty: give it a value, or leave it out"),
+        ({"CONVOY_REQUEST_TIMEOUT_MS": "9" * 400}, "CONVOY_REQUEST_TIMEOUT_MS cannot be"),
         ({"CONVOY_DEVICE": "tpu"}, "CONVOY_DEVICE cannot be 'tpu'"),
     ],
 )
