@@ -23,10 +23,12 @@ class EchoSession:
         self.batches: list[list[int]] = []
         self.fail_on = fail_on
         self.gate = threading.Event()
+        self.entered = threading.Event()
         if not held:
             self.gate.set()
 
     def run(self, pixels):
+        self.entered.set()
         assert self.gate.wait(10)
         rows = pixels[:, 0, 0, 0].tolist()
         self.batches.append(rows)
@@ -68,8 +70,7 @@ async def until(condition) -> None:
 async def fill(session: EchoSession, batcher: Batcher) -> asyncio.Task:
     """Occupy a held session with one row of value 200, so that all else waits in line."""
     blocker = asyncio.create_task(answer(batcher, 200))
-    await asyncio.sleep(0)
-    await until(lambda: batcher._line.rows == 0)
+    await until(session.entered.is_set)
     return blocker
 
 
@@ -210,8 +211,7 @@ def test_two_sessions_work_at_the_same_time():
         first, second = EchoSession(held=True), EchoSession(held=True)
         batcher = batcher_over(first, second, max_batch=1)
         jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 2)]
-        await asyncio.sleep(0)
-        await until(lambda: batcher._line.rows == 0)  # both were taken while neither has answered
+        await until(lambda: first.entered.is_set() and second.entered.is_set())
         first.gate.set()
         second.gate.set()
         assert await asyncio.gather(*jobs) == [[1], [2]]
@@ -235,18 +235,35 @@ def job_of(count: int, deadline: float = FOREVER) -> Job:
 def test_linger_starts_at_the_oldest_job_and_ends_when_the_batch_is_full():
     clock = ManualClock()
     line = Line(max_batch=4, linger_s=0.5, clock=clock)
-    line.append(job_of(1))
+    line.extend([job_of(1)])
     clock.now += 0.3
-    line.append(job_of(1))
+    line.extend([job_of(1)])
     assert line._patience(line._head()) == pytest.approx(0.2)
-    line.append(job_of(2))
+    line.extend([job_of(2)])
     assert line._patience(line._head()) == 0
     assert line.take().rows == 4
 
 
+def test_sessions_share_slow_rows_and_leave_fast_ones_together():
+    async def scenario(row_s: float) -> list[int]:
+        sessions = [EchoSession(held=True), EchoSession(held=True)]
+        batcher = batcher_over(*sessions, max_batch=8)
+        batcher._line.row_s = row_s
+        job = asyncio.create_task(answer(batcher, *range(8)))
+        await until(lambda: sum(session.entered.is_set() for session in sessions) == (2 if row_s > 0.001 else 1))
+        for session in sessions:
+            session.gate.set()
+        assert await job == list(range(8))
+        batcher.close()
+        return sorted(len(batch) for session in sessions for batch in session.batches)
+
+    assert max(asyncio.run(scenario(row_s=0.01))) == 4
+    assert asyncio.run(scenario(row_s=0.00001)) == [8]
+
+
 def test_without_linger_nothing_waits():
     line = Line(max_batch=4, linger_s=0, clock=ManualClock())
-    line.append(job_of(1))
+    line.extend([job_of(1)])
     assert line.take().rows == 1
 
 
@@ -262,7 +279,7 @@ def test_rows_are_counted_and_taken_exactly_once(data):
         match data.draw(st.sampled_from(["arrive", "abandon", "take", "wait"])):
             case "arrive":
                 job = job_of(data.draw(st.integers(1, 12)), clock.now + data.draw(st.integers(1, 5)))
-                line.append(job)
+                line.extend([job])
                 alive.append(job)
             case "abandon" if alive:
                 job = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
