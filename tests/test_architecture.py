@@ -34,7 +34,7 @@ FLOORS = {
     "app.errors": 0,
     "app": 0,
 }
-TRAINING_MAY_IMPORT = {"app", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
+TRAINING_MAY_IMPORT = {"app", "app.cpus", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -4,7 +4,7 @@ Owns the difference between the two for evaluation, prediction and export's comp
 which it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from app.golden import Run
 from app.manifest import INPUT_NAME, MANIFEST_FILE, OUTPUT_NAME, Bundle, PixelRecipe, read_bundle
 from training.data import Split
 from training.errors import RunError
+from training.listing import Origin
 from training.nets import build
 from training.recipes import Recipe, make_recipe
 from training.runs import Checkpoint, is_run, read_checkpoint
@@ -32,9 +33,7 @@ class Classifier:
     labels: tuple[str, ...]
     pixels: PixelRecipe
     run: Run
-    test_fraction: float
-    seed: int
-    """With `test_fraction`: the split that kept the test images from training, where the data itself has none."""
+    origin: Origin = field(default_factory=Origin)
 
     def probabilities(self, split: Split, batch: int = BATCH) -> NDArray[np.float32]:
         """Classify a split: float32 `[n, classes]`."""
@@ -56,19 +55,26 @@ def open_classifier(path: Path, device: torch.device) -> Classifier:
     if is_run(path):
         checkpoint = read_checkpoint(path)
         recipe, run = checkpoint.recipe, torch_run(servable_of(checkpoint), device)
-        return Classifier(checkpoint.classes, recipe.pixels, run, recipe.test_fraction, recipe.seed)
+        return Classifier(checkpoint.classes, recipe.pixels, run, origin_of(checkpoint))
     if (path / MANIFEST_FILE).is_file():
         bundle = read_bundle(path)
-        recipe = _recipe_of(bundle)
         run = onnx_run(bundle.model_path)
-        return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, recipe.test_fraction, recipe.seed)
+        return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, _origin_told(bundle))
     raise RunError(f"{path} is neither a run (with checkpoint.pt) nor a bundle (with {MANIFEST_FILE}).")
 
 
-def _recipe_of(bundle: Bundle) -> Recipe:
-    """Return the recipe that a bundle's manifest tells, or the default where it was not trained here."""
-    recipe = bundle.manifest.training.get("recipe")
-    return make_recipe(**recipe) if isinstance(recipe, dict) else Recipe()
+def origin_of(checkpoint: Checkpoint) -> Origin:
+    """Return what a run was trained on."""
+    recipe = checkpoint.recipe
+    return Origin(checkpoint.data, checkpoint.data_digest, recipe.test_fraction, recipe.seed)
+
+
+def _origin_told(bundle: Bundle) -> Origin:
+    """Return what a bundle's manifest tells of its training, with the defaults where it was not trained here."""
+    told = bundle.manifest.training
+    knobs = told.get("recipe")
+    recipe = make_recipe(**knobs) if isinstance(knobs, dict) else Recipe()
+    return Origin(str(told.get("data", "")), str(told.get("data_digest", "")), recipe.test_fraction, recipe.seed)
 
 
 def servable_of(checkpoint: Checkpoint) -> Servable:

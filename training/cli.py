@@ -10,10 +10,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from app.errors import ConvoyError
-from training.errors import ExportError, RunError
+from training.errors import ExportError, RecipeError, RunError
+from training.names import check_name, check_version, is_text, name_of
 from training.recipes import Recipe, flag, make_recipe
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from training.data import Split
     from training.export import Offer
+    from training.listing import Picture
     from training.runs import Checkpoint
     from training.servable import Servable
 
@@ -44,9 +46,8 @@ INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(given)
-    options.command_line = shlex.join(["convoy-train", *given])
     try:
+        options = _parse(given)
         options.run(options)
     except ConvoyError as error:
         sys.stderr.write(f"convoy-train: {error.message}\n")
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"convoy-train: {error.filename or 'A file'} cannot be used: {error.strerror or error}.\n")
         return USER_FAULT
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"convoy-train: {stop or 'interrupted.'}\n")
+        sys.stderr.write(f"convoy-train: {str(stop) or 'interrupted.'}\n")
         return INTERRUPTED
     return 0
 
@@ -64,22 +65,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from training.runs import locked
+
+    name = name_of(options.data) if options.name is None else options.name
+    check_name(name)
+    directory = options.runs_dir / name
+    with locked(directory):
+        _train_into(directory, options)
+
+
+def _train_into(directory: Path, options: argparse.Namespace) -> None:
     from training.data import load_split, read_listing
     from training.devices import choose_device, describe
-    from training.runs import discard_run, match_run, open_run
-    from training.train import Start, train
+    from training.runs import match_run, open_run
+    from training.train import Start, check_network, train
 
     device = choose_device(options.device)
-    directory = options.runs_dir / (options.name or _name_of(options.data))
     checkpoint = open_run(directory, resume=options.resume, force=options.force)
     recipe = _recipe(options, checkpoint)
     listing = read_listing(options.data).split(recipe.test_fraction, recipe.seed)
     if checkpoint is not None:
         match_run(directory, checkpoint, recipe, listing)
+    check_network(recipe, len(listing.classes))
     train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
     test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
-    if options.force:
-        discard_run(directory)
     start = Start(
         recipe=recipe,
         classes=listing.classes,
@@ -109,6 +118,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: str) -> str:
+    from training.runs import is_run
+
+    if not finished and is_run(directory):
+        return f"interrupted before the first epoch was finished; {directory} still holds the run before."
     if not finished:
         return "interrupted before the first epoch was finished; nothing is kept."
     again = command_line if " --resume" in command_line else f"{command_line} --resume"
@@ -123,13 +136,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from training.data import load_split, read_listing
     from training.devices import choose_device
     from training.evaluate import measure_figures
+    from training.listing import choose_part
 
     classifier = open_classifier(options.model, choose_device(options.device))
     data = _data_of(options.model, options.data)
     listing = read_listing(data).relabelled(classifier.labels)
-    if options.split != "all":
-        listing = listing.split(classifier.test_fraction, classifier.seed)
-    split = load_split(listing.part(options.split), classifier.pixels, options.cache_dir)
+    part, pictures, words = choose_part(listing, data, classifier.origin, options.split)
+    split = load_split(pictures, classifier.pixels, options.cache_dir)
     probabilities = classifier.probabilities(split)
     figures = measure_figures(probabilities, split.labels, classifier.labels)
     if options.out is not None:
@@ -138,10 +151,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         draw_confusion(figures, options.out)
         draw_mistakes(split, probabilities, classifier.labels, options.out)
     if options.json:
-        about = {"model": str(options.model), "data": str(data), "split": options.split}
+        about = {"model": str(options.model), "data": str(data), "split": part, "measured": words}
         _say(json.dumps(about | figures.record() | {"command": options.command_line}, ensure_ascii=False))
     else:
-        _say(figures.headline())
+        _say(f"{figures.headline()} ({words})")
         Console().print(figures.table())
 
 
@@ -154,44 +167,55 @@ def _predict(options: argparse.Namespace) -> None:
 
     classifier = open_classifier(options.model, choose_device(options.device))
     probabilities = predict(classifier, options.files)
-    Console().print(prediction_table(options.files, probabilities, classifier.labels, options.top))
+    Console().print(prediction_table(options.files, probabilities, classifier.labels, options.top_k))
 
 
 def _export(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from training.classifiers import servable_of
+    from training.classifiers import origin_of, servable_of
     from training.data import load_split, read_listing
     from training.export import Offer
+    from training.listing import choose_part, kept_from_training
     from training.runs import read_checkpoint
 
     checkpoint = read_checkpoint(options.model)
-    recipe = checkpoint.recipe
+    name = options.model.resolve().name if options.name is None else options.name
+    version = _version(options, name)
+    golden_from = _golden_from(options)
+    recipe, origin = checkpoint.recipe, origin_of(checkpoint)
     data = _data_of(options.model, options.data)
-    listing = read_listing(data).relabelled(checkpoint.classes).split(recipe.test_fraction, recipe.seed)
-    split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
-    name = options.name or options.model.resolve().name
+    listing = read_listing(data).relabelled(checkpoint.classes)
+    kept_from_training(listing, data, origin)
+    _, pictures, words = choose_part(listing, data, origin, "test")
+    split = load_split(pictures, recipe.pixels, options.cache_dir)
+    finished = len(checkpoint.history)
+    is_finished = finished == recipe.epochs
+    weights = "those after the last epoch" if is_finished else f"those after epoch {finished} of {recipe.epochs}"
+    if not is_finished:
+        _say(f"Note: the run is not finished; the weights are {weights}.")
     offer = Offer(
         name=name,
-        version=_version(options, name),
+        version=version,
         description=options.description or f"{recipe.network} trained on {Path(checkpoint.data).name}.",
         labels=checkpoint.classes,
         pixels=recipe.pixels,
         training={
             "recipe": recipe.model_dump(mode="json"),
             "history": [asdict(epoch) for epoch in checkpoint.history],
-            "weights": "those after the last epoch",
+            "weights": weights,
             "seconds": round(sum(epoch.seconds for epoch in checkpoint.history), 1),
             "hardware": checkpoint.hardware,
             "data": checkpoint.data,
+            "data_digest": checkpoint.data_digest,
             "command": checkpoint.command,
         },
-        data=f"{data}, its test part",
+        data=f"{data}, {'its test part' if listing.test is not None else words}",
         source=options.source or f"Trained on {checkpoint.data} by convoy-train.",
         licence=options.licence,
         command=options.command_line,
     )
-    _write(servable_of(checkpoint), offer, split, options)
+    _write(servable_of(checkpoint), offer, split, golden_from, options)
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -200,6 +224,8 @@ def _import(options: argparse.Namespace) -> None:
     from training.published import read_labels, read_network
     from training.servable import Servable
 
+    version = _version(options, options.name)
+    golden_from = _golden_from(options)
     recipe = _recipe(options, checkpoint=None)
     labels = read_labels(options.labels)
     network = read_network(options.weights, recipe, classes=len(labels))
@@ -208,7 +234,7 @@ def _import(options: argparse.Namespace) -> None:
     preprocessing = recipe.model_dump(mode="json", include=set(IMPORT_KNOBS))
     offer = Offer(
         name=options.name,
-        version=_version(options, options.name),
+        version=version,
         description=options.description or f"{recipe.network} with published weights.",
         labels=labels,
         pixels=recipe.pixels,
@@ -218,7 +244,7 @@ def _import(options: argparse.Namespace) -> None:
         licence=options.licence,
         command=options.command_line,
     )
-    _write(Servable(network, recipe), offer, split, options)
+    _write(Servable(network, recipe), offer, split, golden_from, options)
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -250,10 +276,12 @@ def _data_of(model: Path, given: Path | None) -> Path:
 
 
 def _version(options: argparse.Namespace, name: str) -> str:
-    from training.export import check_name, next_version
+    """Return the version to write, with name and version checked before anything is computed."""
+    from training.export import next_version
 
     check_name(name)
-    version = options.version or next_version(options.models_dir, name)
+    version = next_version(options.models_dir, name) if options.version is None else options.version
+    check_version(version)
     if (options.models_dir / name / version).exists() and not options.force:
         raise ExportError(
             f"{options.models_dir / name / version} exists: leave --version out for the next free one, "
@@ -262,12 +290,22 @@ def _version(options: argparse.Namespace, name: str) -> str:
     return version
 
 
-def _write(servable: "Servable", offer: "Offer", split: "Split", options: argparse.Namespace) -> None:
-    from training.export import GOLDEN_TOLERANCE, export
+def _golden_from(options: argparse.Namespace) -> "tuple[Picture, ...]":
     from training.trees import read_photos
 
+    return () if options.golden_from is None else read_photos(options.golden_from)
+
+
+def _write(
+    servable: "Servable",
+    offer: "Offer",
+    split: "Split",
+    golden_from: "tuple[Picture, ...]",
+    options: argparse.Namespace,
+) -> None:
+    from training.export import GOLDEN_TOLERANCE, export
+
     target = options.models_dir / offer.name / offer.version
-    golden_from = read_photos(options.golden_from) if options.golden_from else ()
     exported = export(servable, offer, split, target, golden_from)
     size_mb = exported.bundle.manifest.model.size_bytes / 1e6
     _say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
@@ -290,11 +328,6 @@ def _draw_run(directory: Path, split: "Split", device: "torch.device") -> None:
     draw_mistakes(split, probabilities, classifier.labels, directory)
 
 
-def _name_of(data: Path) -> str:
-    """Name a run after its data: `data/flowers` → `flowers`, `cifar-10-python.tar.gz` → `cifar-10-python`."""
-    return data.resolve().name.partition(".tar")[0].removesuffix(".tgz")
-
-
 def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
 
@@ -307,8 +340,31 @@ def _say(text: str) -> None:
 # ---------------------------------------------------------------- the command line
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong command line as any other fault is told: argparse would print its usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message.removeprefix('argument ').rstrip('.')}.")
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    for argument in given:
+        if not is_text(argument):
+            raise RecipeError(f"The argument {argument!a} is not UTF-8: rename the file or folder.")
+    options = _parser().parse_args(given)
+    options.command_line = shlex.join(["convoy-train", *given])
+    return options
+
+
+def _count(text: str) -> int:
+    count = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
+    return count
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convoy-train", description=__doc__.partition("\n")[0])
+    parser = _Parser(prog="convoy-train", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fetch(commands)
     _add_train(commands)
@@ -330,7 +386,7 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser("train", help="train a network by a recipe", description="Train into runs/NAME.")
     parser.set_defaults(run=_train)
     parser.add_argument("--data", type=Path, required=True, help=DATA_HELP)
-    parser.add_argument("--name", help="name of the run; default: the data's")
+    parser.add_argument("--name", help="name of the run, and of models made of it; default: the data's")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (%(default)s)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run after its last finished epoch")
@@ -345,7 +401,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.set_defaults(run=_evaluate)
     parser.add_argument("model", type=Path, help="run directory (PyTorch) or bundle directory (ONNX Runtime)")
     parser.add_argument("--data", type=Path, help=f"{DATA_HELP}; default: what the run was trained on")
-    parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="which part (%(default)s)")
+    parser.add_argument(
+        "--split", choices=("test", "train", "all"), help="which part; default: what was kept from training"
+    )
     parser.add_argument("--json", action="store_true", help="print every figure as one line of JSON")
     parser.add_argument("--out", type=Path, help="folder for pictures of confusions and worst mistakes")
     _add_device(parser)
@@ -357,7 +415,7 @@ def _add_predict(commands: Any) -> None:
     parser.set_defaults(run=_predict)
     parser.add_argument("model", type=Path, help="run directory (PyTorch) or bundle directory (ONNX Runtime)")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="JPEG, PNG or WebP images")
-    parser.add_argument("--top", type=int, default=3, help="how many labels to show (%(default)s)")
+    parser.add_argument("--top-k", type=_count, default=3, metavar="K", help="how many labels to show (%(default)s)")
     _add_device(parser)
 
 

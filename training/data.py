@@ -5,7 +5,7 @@ Owns the choice between folders and archives, and the decoded arrays with their 
 """
 
 import hashlib
-import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from app.cpus import usable_cpus
 from app.errors import ConvoyError
 from app.images import decode
 from app.manifest import PixelRecipe
@@ -63,14 +64,16 @@ def load_split(pictures: Sequence[Picture], pixels: PixelRecipe, cache: Path) ->
         return Split(np.stack([np.asarray(picture.content) for picture in pictures]), labels, tuple(pictures))
     path = cache / f"{_key(pictures, pixels)}.npy"
     if not path.is_file():
+        try:
+            _check_writable(cache)
+        except OSError as error:
+            raise _unwritable(cache, error) from error
         images = _decode_all(pictures, pixels)
         try:
             with replacing(path) as file:
                 np.save(file, images)
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be written ({error.strerror}): name another folder by --cache-dir."
-            ) from error
+            raise _unwritable(path, error) from error
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -81,6 +84,17 @@ def load_split(pictures: Sequence[Picture], pixels: PixelRecipe, cache: Path) ->
 def fits(image: NDArray[np.uint8], pixels: PixelRecipe) -> bool:
     """Say whether `decode` would return the pixels as they are."""
     return image.shape[:2] == (pixels.height, pixels.width) == (pixels.resize_short_side,) * 2
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder and a file in it, which vanishes: what cannot be kept need not be decoded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be written ({error.strerror}): name another folder by --cache-dir.")
 
 
 def _key(pictures: Sequence[Picture], pixels: PixelRecipe) -> str:
@@ -98,7 +112,7 @@ def _decode_all(pictures: Sequence[Picture], pixels: PixelRecipe) -> NDArray[np.
     def decode_one(index: int) -> None:
         images[index] = decode_picture(pictures[index], pixels)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, counting("Decoding", len(pictures)) as advance:
+    with ThreadPoolExecutor(usable_cpus()) as pool, counting("Decoding", len(pictures)) as advance:
         try:
             for _ in pool.map(decode_one, range(len(pictures))):
                 advance(1)
@@ -115,9 +129,20 @@ def decode_picture(picture: Picture, pixels: PixelRecipe) -> NDArray[np.uint8]:
         DataError: it cannot be decoded; the sentence names it.
     """
     try:
-        return decode(picture.encoded(), pixels)
+        data = picture.encoded()
+    except OSError as error:
+        raise DataError(f"{picture.content} cannot be read: {error.strerror}.") from error
+    return decode_file(data, picture, pixels)
+
+
+def decode_file(data: bytes, picture: Picture, pixels: PixelRecipe) -> NDArray[np.uint8]:
+    """Decode the encoded bytes of a picture to uint8 `[height, width, 3]`.
+
+    Raises:
+        DataError: they cannot be decoded; the sentence names the picture.
+    """
+    try:
+        return decode(data, pixels)
     except ConvoyError as error:
         name = picture.content if isinstance(picture.content, Path) else picture.name
         raise DataError(f"{name}: {error.message} Replace or remove it.") from error
-    except OSError as error:
-        raise DataError(f"{picture.content} cannot be read: {error.strerror}.") from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 
 from app.errors import ConvoyError
 from app.images import decode
@@ -67,7 +68,7 @@ class Figures:
             table.add_column(column, justify="right")
         for label, count, precision, recall in self._rows():
             if count or not np.isnan(precision):
-                table.add_row(label, f"{count:,}", _percent(precision), _percent(recall))
+                table.add_row(Text(label), f"{count:,}", _percent(precision), _percent(recall))
         return table
 
     def headline(self) -> str:
@@ -116,7 +117,7 @@ def prediction_table(
     table.add_column("probability", justify="right")
     for file, row in zip(files, probabilities, strict=True):
         for place, index in enumerate(np.argsort(-row)[:top].tolist()):
-            table.add_row(str(file) if place == 0 else "", labels[index], f"{row[index]:.2%}")
+            table.add_row(Text(str(file) if place == 0 else ""), Text(labels[index]), f"{row[index]:.2%}")
     return table
 
 

@@ -18,10 +18,9 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
 from app.golden import Run, prove
-from app.manifest import INPUT_NAME, OUTPUT_NAME, Bundle, Name, PixelRecipe, write_bundle
+from app.manifest import INPUT_NAME, OUTPUT_NAME, Bundle, PixelRecipe, write_bundle
 from training.classifiers import in_batches, onnx_run, torch_run
 from training.data import Split
 from training.errors import ExportError
@@ -176,20 +175,6 @@ def compare(reference: Run, candidate: Run, split: Split) -> float:
             )
         worst = max(worst, difference)
     return worst
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that the manifest would, before anything is computed.
-
-    Raises:
-        ExportError: the name has other than lower-case letters, digits and `.`, `_`, `-`.
-    """
-    try:
-        TypeAdapter(Name).validate_python(name)
-    except ValidationError:
-        raise ExportError(
-            f"'{name}' cannot name a model: give --name of lower-case letters, digits, '.', '_' and '-'."
-        ) from None
 
 
 def next_version(models_dir: Path, name: str) -> str:

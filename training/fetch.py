@@ -47,7 +47,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
     path = folder / archive.file
     if path.is_file():
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "md5").hexdigest()
+            found = hashlib.file_digest(file, _md5).hexdigest()
         if found != archive.md5:
             raise FetchError(f"{path} is not the published file (its MD5 is {found}): delete it and fetch again.")
         return path
@@ -66,8 +66,13 @@ def fetch(archive: Archive, folder: Path) -> Path:
     return path
 
 
+def _md5() -> "hashlib._Hash":
+    """MD5 against damage; a machine that forbids it for security allows it so."""
+    return hashlib.md5(usedforsecurity=False)
+
+
 def _download(archive: Archive, path: Path) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
+    digest = _md5()
     with urlopen(archive.url, timeout=TIMEOUT_S) as answer, replacing(path) as file:
         total = int(answer.headers.get("Content-Length") or 0)
         received = 0

@@ -17,7 +17,9 @@ from PIL import Image
 from app.golden import Run
 from app.images import decode
 from app.manifest import PixelRecipe
+from training.data import decode_file, decode_picture
 from training.listing import Picture
+from training.metadata import EXIF_ORIENTATION, without_metadata
 
 FILE_LIMIT_BYTES = 34_000
 LARGE_LIMIT_BYTES = 60_000
@@ -26,7 +28,6 @@ VERBATIM = 3
 TRIED = 12
 """Sources tried for each image that is made."""
 QUALITIES = (92, 85, 75, 60, 45, 30, 20, 12)
-EXIF_ORIENTATION = 0x0112
 ROTATED = 6
 SAFE_MARGIN = 0.05
 """Least distance of the likeliest label from the next, so that noise within the tolerance cannot change the label."""
@@ -45,10 +46,14 @@ class GoldenAnswers:
 
 
 def choose_golden(pictures: Sequence[Picture], pixels: PixelRecipe, run: Run, seed: int = 0) -> GoldenAnswers:
-    """Choose about eight images, at most 300 kB in all."""
+    """Choose about eight images, at most 300 kB in all.
+
+    Raises:
+        DataError: a picture cannot be read or decoded; the sentence names it.
+    """
     order = np.random.default_rng(seed).permutation(len(pictures)).tolist()
     images = _verbatim([pictures[index] for index in order], pixels, run)
-    sources = [_photo(pictures[index]) for index in order[: TRIED * 2]]
+    sources = [_photo(pictures[index], pixels) for index in order[: TRIED * 2]]
     for name, make in _MAKERS.items():
         tried = [make(_turned(sources, start), pixels) for start in range(min(TRIED, len(sources)))]
         images[name] = max(tried, key=lambda data: _sensitivity(data, pixels, run))
@@ -77,16 +82,28 @@ def wrong_recipes(pixels: PixelRecipe) -> Iterator[tuple[str, PixelRecipe]]:
 
 
 def _verbatim(pictures: Sequence[Picture], pixels: PixelRecipe, run: Run) -> dict[str, bytes]:
-    """Take files as they are: the surest answers among the first, of different labels as far as there are."""
-    small = [(picture, data) for picture in pictures[: TRIED * 8] if len(data := picture.encoded()) <= FILE_LIMIT_BYTES]
+    """Take files as they are but for their metadata: a bundle is passed on, and where a photo was taken is not ours.
+
+    The surest answers among the first, of different labels as far as there are.
+    """
+    small = [(picture, data) for picture in pictures[: TRIED * 8] if (data := _small_file(picture, pixels))]
     if not small:
         return {}
-    rows = run(_decode([data for _, data in small], pixels))
+    rows = run(np.stack([decode_file(data, picture, pixels) for picture, data in small]))
     surest = np.argsort(-_margins(rows), kind="stable")
     _, first_of_label = np.unique(rows[surest].argmax(axis=1), return_index=True)
     ordered = [*np.sort(first_of_label), *np.setdiff1d(np.arange(len(surest)), first_of_label)]
     chosen = [small[surest[place]][1] for place in ordered[:VERBATIM]]
     return {f"verbatim-{number}.{_suffix(data)}": data for number, data in enumerate(chosen, 1)}
+
+
+def _small_file(picture: Picture, pixels: PixelRecipe) -> bytes | None:
+    """Return a picture's file, without metadata; None where it is too large, or its metadata cannot be cut out."""
+    data = picture.encoded()
+    if len(data) > FILE_LIMIT_BYTES:
+        return None
+    decode_file(data, picture, pixels)
+    return without_metadata(data)
 
 
 def _as_png(sources: Sequence[Photo], pixels: PixelRecipe) -> bytes:
@@ -139,8 +156,12 @@ _MAKERS: dict[str, Callable[[Sequence[Photo], PixelRecipe], bytes]] = {
 }
 
 
-def _photo(picture: Picture) -> Photo:
-    return Image.open(BytesIO(picture.encoded())).convert("RGB")
+def _photo(picture: Picture, pixels: PixelRecipe) -> Photo:
+    """Return a picture to make others from: its pixels alone, for Pillow would write its comment into them."""
+    decode_picture(picture, pixels)
+    photo = Image.open(BytesIO(picture.encoded())).convert("RGB")
+    photo.info.clear()
+    return photo
 
 
 def _turned(sources: Sequence[Photo], start: int) -> Sequence[Photo]:

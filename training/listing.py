@@ -41,6 +41,18 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a model was trained on, and how test images were kept from it where the data has no test part."""
+
+    data: str = ""
+    """The path as it was given; empty where it is not known."""
+    digest: str = ""
+    """The digest of the listing, divided as it was; empty where it is not known."""
+    test_fraction: float = 0.2
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
     """The classes and the pictures of a data set; `test` is None where the data does not say which are for test."""
 
@@ -104,6 +116,73 @@ class Listing:
             train=tuple(picture for index, picture in enumerate(self.train) if index not in held_out),
             test=tuple(self.train[index] for index in sorted(held_out)),
         )
+
+
+def kept_from_training(listing: Listing, data: Path, origin: Origin) -> Listing:
+    """Divide a listing as it was divided for training; one with its own test part stays as it is.
+
+    Raises:
+        DataError: its images are not those of the training, so that the draw would give others: trained images would
+            be measured as if they were new.
+    """
+    if listing.test is not None:
+        return listing
+    divided = _divided(listing, origin)
+    if divided is None or divided.digest != origin.digest:
+        raise DataError(
+            f"{data} does not hold the very images that the model was trained on, so which were kept from training "
+            "cannot be told: restore it, train anew, or give --data a folder with train/ and test/."
+        )
+    return divided
+
+
+def choose_part(
+    listing: Listing, data: Path, origin: Origin, wanted: str | None = None
+) -> tuple[str, tuple[Picture, ...], str]:
+    """Choose what to measure a model on.
+
+    By default the data's own test part; else what was held out, if this is the data of the training; else, for the
+    model has seen none of it, everything.
+
+    Args:
+        listing: numbered as the model numbers its labels.
+        data: the listing's path.
+        origin: what the model was trained on.
+        wanted: `train`, `test` or `all`, where someone asked for it.
+
+    Returns:
+        The part's name, its pictures, and words for both.
+
+    Raises:
+        DataError: the data of the training has changed since, so its parts cannot be told.
+    """
+    count = len(listing.part(ALL))
+    if listing.test is not None:
+        name = wanted or TEST
+        words = "all images" if name == ALL else f"the {name} part: {len(listing.part(name)):,} of {count:,} images"
+        return name, listing.part(name), words
+    divided = _divided(listing, origin)
+    is_own = divided is not None and divided.digest == origin.digest
+    is_changed = not is_own and origin.data != "" and Path(origin.data).resolve() == data.resolve()
+    name = wanted or (TEST if is_own or is_changed else ALL)
+    if name == ALL:
+        return name, listing.part(ALL), "all images"
+    divided = (
+        kept_from_training(listing, data, origin) if is_changed else listing.split(origin.test_fraction, origin.seed)
+    )
+    pictures = divided.part(name)
+    share = (
+        f"a held-out {origin.test_fraction:.0%}" if name == TEST else f"all but a held-out {origin.test_fraction:.0%}"
+    )
+    return name, pictures, f"{share}: {len(pictures):,} of {count:,} images"
+
+
+def _divided(listing: Listing, origin: Origin) -> Listing | None:
+    """Divide a listing as for training, or return None where it is too small to have been trained on."""
+    try:
+        return listing.split(origin.test_fraction, origin.seed)
+    except DataError:
+        return None
 
 
 def labels_of(pictures: Sequence[Picture]) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Pictures of a run: its curves, its confusions, its worst mistakes. Draws figures that others have computed."""
 
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +14,7 @@ from PIL import Image
 from training.atomic import replacing
 from training.data import Split
 from training.evaluate import Figures
-from training.runs import Epoch
-
-CURVES_FILE = "curves.png"
-CONFUSION_FILE = "confusion.png"
-MISTAKES_FILE = "mistakes.png"
+from training.runs import CONFUSION_FILE, CURVES_FILE, MISTAKES_FILE, Epoch
 
 DOTS_PER_INCH = 110
 MISTAKES = 24
@@ -50,8 +47,8 @@ def draw_confusion(figures: Figures, directory: Path) -> None:
     axes.set(xlabel="predicted", ylabel="true", title=figures.headline())
     if len(figures.labels) <= MOST_NAMED_CLASSES:
         places = range(len(figures.labels))
-        axes.set_xticks(places, figures.labels, rotation=45, ha="right")
-        axes.set_yticks(places, figures.labels)
+        axes.set_xticks(places, figures.labels, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(places, figures.labels, parse_math=False)
         for (row, column), share in np.ndenumerate(shares):
             colour = "white" if share > 0.5 else "black"
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
@@ -70,13 +67,18 @@ def draw_mistakes(split: Split, probabilities: NDArray[np.float32], labels: tupl
     for axes, index in zip(grid.flat, worst.tolist(), strict=False):
         axes.imshow(split.images[index])
         sure = probabilities[index, given[index]]
-        axes.set_title(f"{labels[split.labels[index]]}\nnot {labels[given[index]]} ({sure:.0%})", fontsize=7)
+        title = f"{labels[split.labels[index]]}\nnot {labels[given[index]]} ({sure:.0%})"
+        axes.set_title(title, fontsize=7, parse_math=False)
     _save(figure, directory / MISTAKES_FILE)
 
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG of at most 256 colours: a third of the bytes, and no difference to the eye."""
     drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=DOTS_PER_INCH)
+    with warnings.catch_warnings():
+        # A class may be named in a script that the font lacks: boxes stand for it, and there is nothing to mend.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
+        figure.savefig(drawn, format="png", dpi=DOTS_PER_INCH)
     with replacing(path) as file:
         Image.open(drawn).convert("RGB").quantize(256).save(file, "PNG", optimize=True)

@@ -5,7 +5,11 @@ costs the running epoch and no more. Knows nothing of how an epoch is trained.
 """
 
 import csv
+import fcntl
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, fields
 from io import StringIO
 from pathlib import Path
@@ -23,6 +27,8 @@ FORMAT = 1
 CHECKPOINT_FILE = "checkpoint.pt"
 RECIPE_FILE = "recipe.json"
 HISTORY_FILE = "history.csv"
+CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE = "curves.png", "confusion.png", "mistakes.png"
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,12 @@ class Checkpoint:
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint, then the files for people that follow from it."""
+    """Replace the checkpoint, then the files for people that follow from it.
+
+    A run's first checkpoint is what takes the place of an earlier run in the directory; until then that run is whole.
+    """
+    if len(checkpoint.history) == 1:
+        _discard_files_for_people(directory)
     record = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     record |= {
         "format": FORMAT,
@@ -142,9 +153,55 @@ def match_run(directory: Path, checkpoint: Checkpoint, recipe: Recipe, listing: 
         )
 
 
-def discard_run(directory: Path) -> None:
-    """Delete the files of an earlier run, so that a resume cannot continue it by mistake."""
-    for name in (CHECKPOINT_FILE, RECIPE_FILE, HISTORY_FILE):
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep a run directory, made if need be, to this process; what was made and stays empty is removed.
+
+    Raises:
+        RunError: another process trains into it, or it cannot be written.
+    """
+    try:
+        made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+        descriptor = _take_lock(directory)
+    except BlockingIOError:
+        raise RunError(
+            f"{directory} is being trained into by another process: wait for it, or choose another --name."
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"{directory} cannot be written ({error.strerror}): name another folder by --runs-dir."
+        ) from error
+    try:
+        yield
+    finally:
+        (directory / LOCK_FILE).unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _take_lock(directory: Path) -> int:
+    path = directory / LOCK_FILE
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have removed the file since it was opened here: then the lock is on nothing.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _discard_files_for_people(directory: Path) -> None:
+    """Delete what tells of an earlier run; its checkpoint is replaced whole."""
+    for name in (RECIPE_FILE, HISTORY_FILE, CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from training.errors import DataError
 from training.listing import TEST, TRAIN, Listing, Picture
+from training.names import is_text
 
 NO_LABEL = -1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -88,9 +89,17 @@ def _picture(root: Path, folder: Path, entry: os.DirEntry[str], label: int) -> P
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what is visible in a folder, in sorted order."""
+    """Return what is visible in a folder, in sorted order.
+
+    Raises:
+        DataError: it cannot be read, or a name in it cannot be printed or written into a manifest.
+    """
     try:
         with os.scandir(folder) as found:
-            return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            visible = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be read as a folder of images: {error.strerror}.") from error
+    for entry in visible:
+        if not is_text(entry.name):
+            raise DataError(f"{folder} holds {entry.name!a}, whose name is not UTF-8: rename it.")
+    return visible

@@ -1,8 +1,11 @@
 """Both published forms of CIFAR-10, made small: 6 images a batch instead of 10,000."""
 
+import gzip
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from app.manifest import PixelRecipe
+from training import cifar
 from training.data import load_split, read_listing
 from training.errors import DataError
 
@@ -122,6 +126,23 @@ def put(name: str, data: bytes) -> Callable[[Files], None]:
     return lambda files: files.__setitem__(name, data)
 
 
+def meta(names: list[str]) -> bytes:
+    return pickle.dumps({"label_names": names}, protocol=2)
+
+
+def batch(data: np.ndarray | None = None, labels: list[object] | None = None) -> bytes:
+    given = {"data": rows(5)[0] if data is None else data, "labels": rows(5)[1] if labels is None else labels}
+    return pickle.dumps(given, protocol=2)
+
+
+def with_labels(opcodes: bytes) -> bytes:
+    """A good batch, then other labels for it, written as a pickle's opcodes."""
+    return pickled_by_python2(*rows(5))[:-2] + b"U\x06labels](" + opcodes + b"eu."
+
+
+DEEP_LIST = b"]" * 100_000 + b"a" * 99_999
+
+
 @pytest.mark.parametrize(
     ("make", "spoil", "sentence"),
     [
@@ -131,9 +152,23 @@ def put(name: str, data: bytes) -> Callable[[Files], None]:
         (python_files, put("test_batch", pickle.dumps([1], protocol=2)), "it holds no dictionary."),
         (python_files, put("test_batch", pickle.dumps({"data": 1}, protocol=2)), "has no 'data' of bytes"),
         (binary_files, put("data_batch_1.bin", b"\0" * 3072), "is cut off: its length is no multiple of 3073 bytes."),
-        (binary_files, put("data_batch_1.bin", b"\x0a" + b"\0" * 3072), "has the label 10; labels are 0 to 9."),
+        (binary_files, put("data_batch_1.bin", b"\x0a" + b"\0" * 3072), "has a label outside 0 to 9."),
         (binary_files, put("batches.meta.txt", b"cat dog"), "names 2 classes, but CIFAR-10 has 10."),
         (python_files, put("batches.meta", pickle.dumps({"names": []})), "has no list 'label_names'."),
+        (python_files, put("batches.meta", meta(["cat"] * 10)), "names two classes 'cat'."),
+        (python_files, put("batches.meta", meta([*NAMES[:9], "t" * 10**6])), "has no usable name for class 9"),
+        (python_files, put("batches.meta", meta([*NAMES[:9], "a\nb"])), "has no usable name for class 9"),
+        (binary_files, put("batches.meta.txt", b"cat " * 10), "names two classes 'cat'."),
+        (python_files, put("test_batch", pickle.dumps({10**5000: 1}, protocol=2)), "has no 'data' of bytes"),
+        (python_files, put("test_batch", batch(labels=[0] * 5 + [10**5000])), "has a label outside 0 to 9."),
+        (python_files, put("test_batch", with_labels(b"K\x00" * 5 + DEEP_LIST)), "has a label of type list;"),
+        (python_files, put("test_batch", batch(labels=[0] * 5 + ["x" * 10**6])), "has a label of type str;"),
+        (python_files, put("test_batch", batch(labels=[0] * 5 + [True])), "has a label of type bool;"),
+        (python_files, put("test_batch", pickled_by_python2(rows(5)[0][:0], [])), "has no 'data' of bytes"),
+        (python_files, put("test_batch", batch(np.zeros((6, 3072), "u2"))), "has no 'data' of bytes"),
+        (python_files, put("test_batch", batch(np.zeros((6, 3073), np.uint8))), "has no 'data' of bytes"),
+        (python_files, put("test_batch", batch(np.zeros((6, 3072), np.uint8, "F"))), "has no 'data' of bytes"),
+        (python_files, put("test_batch", b"\x80\x04\x8c\x05a\nb\x1bc\x8c\x01d\x93."), "it asks for a?b?c.d."),
     ],
 )
 def test_what_is_wrong_with_an_archive_is_named(
@@ -155,5 +190,86 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path):
 def test_a_damaged_archive_is_refused(tmp_path: Path):
     path = as_archive(python_files(), tmp_path / "cifar")
     path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match="is damaged or no tar archive"):
+        read_listing(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_batch_pickled_by_python3_is_read_too(tmp_path: Path, protocol: int):
+    files = python_files()
+    data, labels = rows(5)
+    files["test_batch"] = pickle.dumps({"data": data, "labels": labels}, protocol=protocol)
+    split = load_split(read_listing(as_folder(files, tmp_path / "cifar")).part("test"), PIXELS, tmp_path)
+    assert split.images[4, 2, 3].tolist() == [data[4, plane * 1024 + 2 * 32 + 3] for plane in range(3)]
+
+
+# A dtype 'V8' whose state claims an object field: NumPy would take the label's eight bytes for a pointer.
+POINTER = (
+    b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(K\x01tcnumpy\ndtype\n(U\x02V8K\x00K\x01tR"
+    b"(K\x03U\x01|N(U\x01xt}U\x01x(cnumpy\ndtype\n(U\x02O8K\x00K\x01tRK\x00tsK\x08K\x01K\x00tb\x89U\x08AAAAAAAAtb"
+)
+# () within () a million deep, as a key: to hash it takes more stack than there is.
+DEEP_KEY = b"}()" + b"\x85" * 1_000_000 + b"K\x01u"
+
+
+@pytest.mark.parametrize("label", [POINTER, DEEP_KEY], ids=["pointer", "deep key"])
+def test_a_crafted_pickle_does_not_bring_the_process_down(tmp_path: Path, label: bytes):
+    files = python_files()
+    files["test_batch"] = with_labels(b"K\x00" * 5 + label)
+    folder = as_folder(files, tmp_path / "cifar")
+    code = "import sys; from training.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["train", f"--data={folder}", f"--runs-dir={tmp_path}", f"--cache-dir={tmp_path}"]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "test_batch in " in ended.stderr
+
+
+@pytest.mark.parametrize("pack", [as_folder, as_archive])
+def test_a_file_too_large_to_be_one_of_cifar_is_refused(
+    tmp_path: Path, pack: Callable[[Files, Path], Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cifar, "FILE_LIMIT_BYTES", 1000)
+    with pytest.raises(DataError, match=r"data_batch_1 in .* has 18,.* bytes, more than the 1,000 that"):
+        read_listing(pack(python_files(), tmp_path / "cifar"))
+
+
+def checksum_wrong(data: bytes) -> bytes:
+    return data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]
+
+
+def cut_before_the_checksum(data: bytes) -> bytes:
+    return data[:-8]
+
+
+def one_bit_flipped(data: bytes) -> bytes:
+    """Flip a bit of stored, uncompressed pixels: nothing but the checksum can tell."""
+    plain = gzip.decompress(data)
+    stored = gzip.compress(plain, compresslevel=0)
+    pixels = rows(1)[0].tobytes()[:50]
+    at = stored.index(pixels)
+    return stored[:at] + bytes([stored[at] ^ 1]) + stored[at + 1 :]
+
+
+def scrambled(data: bytes) -> bytes:
+    return data[:5000] + bytes(1000) + data[6000:]
+
+
+@pytest.mark.parametrize("damage", [checksum_wrong, cut_before_the_checksum, one_bit_flipped, scrambled])
+def test_damage_to_a_compressed_archive_is_noticed(tmp_path: Path, damage: Callable[[bytes], bytes]):
+    path = as_archive(python_files(), tmp_path / "cifar")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match="is damaged or no tar archive"):
+        read_listing(path)
+
+
+def test_an_xz_archive_with_a_damaged_end_is_refused(tmp_path: Path):
+    path = tmp_path / "cifar.tar.gz"
+    with tarfile.open(path, "w:xz") as archive:
+        for name, data in python_files().items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    path.write_bytes(path.read_bytes()[:-12] + bytes(12))
     with pytest.raises(DataError, match="is damaged or no tar archive"):
         read_listing(path)

@@ -12,6 +12,7 @@ from tests.training.conftest import CLASSES
 from training import data
 from training.data import load_split, read_listing
 from training.errors import DataError
+from training.listing import Origin, choose_part, kept_from_training
 
 PIXELS = PixelRecipe(height=32, width=32, resize_short_side=32)
 DrawTree = Callable[..., Path]
@@ -178,3 +179,56 @@ def test_a_cache_that_cannot_be_written_is_named(tree: Path, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be written .*--cache-dir"):
         load_split(read_listing(tree).part("test"), PIXELS, tmp_path / "file" / "cache")
+
+
+def test_a_name_that_is_not_utf8_is_refused(draw_tree: DrawTree, tmp_path: Path):
+    root = draw_tree(tmp_path / "single", parts=(("", 2),))
+    odd = root / "ant" / os.fsdecode(b"caf\xe9.jpg")
+    (root / "ant" / "000.jpg").rename(odd)
+    with pytest.raises(DataError, match=r"single/ant holds 'caf\\udce9\.jpg', whose name is not UTF-8: rename it\."):
+        read_listing(root)
+    odd.rename(root / "ant" / "000.jpg")
+    (root / "ant").rename(root / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match="whose name is not UTF-8"):
+        read_listing(root)
+
+
+def origin_of(root: Path, seed: int = 0) -> Origin:
+    return Origin(str(root), read_listing(root).split(0.2, seed).digest, 0.2, seed)
+
+
+def test_the_data_of_the_training_is_measured_on_what_was_held_out(draw_tree: DrawTree, tmp_path: Path):
+    root = draw_tree(tmp_path / "single", parts=(("", 10),))
+    listing, origin = read_listing(root), origin_of(root, seed=3)
+    held_out = listing.split(0.2, 3).test
+    assert choose_part(listing, root, origin) == ("test", held_out, "a held-out 20%: 6 of 30 images")
+    assert choose_part(listing, tmp_path / "moved", origin)[0] == "test"
+    assert choose_part(listing, root, origin, "train")[2] == "all but a held-out 20%: 24 of 30 images"
+    assert choose_part(listing, root, origin, "all")[2] == "all images"
+
+
+def test_data_that_has_grown_since_the_training_is_not_taken_for_unseen(draw_tree: DrawTree, tmp_path: Path):
+    root = draw_tree(tmp_path / "single", parts=(("", 10),))
+    origin = origin_of(root)
+    shutil.copyfile(root / "ant" / "000.jpg", root / "ant" / "more.jpg")
+    listing = read_listing(root)
+    for choose in (lambda: choose_part(listing, root, origin), lambda: kept_from_training(listing, tmp_path, origin)):
+        with pytest.raises(DataError, match=r"does not hold the very images .*: restore it, train anew, or"):
+            choose()
+    assert choose_part(listing, root, origin, "all")[2] == "all images"
+
+
+def test_data_of_another_origin_is_measured_whole(draw_tree: DrawTree, tmp_path: Path, tree: Path):
+    root, other = (draw_tree(tmp_path / name, parts=(("", count),)) for name, count in (("single", 10), ("other", 1)))
+    listing = read_listing(other)
+    for origin in (origin_of(root), Origin()):
+        assert choose_part(listing, other, origin) == ("all", listing.train, "all images")
+    assert choose_part(read_listing(root), root, Origin(), "test")[2] == "a held-out 20%: 6 of 30 images"
+    assert choose_part(read_listing(tree), tree, Origin())[2] == "the test part: 30 of 90 images"
+
+
+def test_decoding_takes_the_processors_that_it_may_use(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(data, "usable_cpus", lambda: asked.append(1) or 1)
+    load_split(read_listing(tree).part("test"), PIXELS, tmp_path)
+    assert asked

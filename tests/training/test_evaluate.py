@@ -1,12 +1,16 @@
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from training.classifiers import Classifier
+from training.data import Split
 from training.errors import DataError
-from training.evaluate import measure_figures, predict
+from training.evaluate import measure_figures, predict, prediction_table
+from training.pictures import draw_confusion, draw_mistakes
 from training.recipes import Recipe
 
 LABELS = tuple("abcdef")
@@ -32,9 +36,34 @@ def test_top5_counts_the_five_likeliest():
 
 
 def test_a_file_that_cannot_be_predicted_is_named(tmp_path: Path):
-    classifier = Classifier(LABELS, Recipe().pixels, lambda images: np.zeros((len(images), 6), np.float32), 0.2, 0)
+    classifier = Classifier(LABELS, Recipe().pixels, lambda images: np.zeros((len(images), 6), np.float32))
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"notes\.txt: The data is not a JPEG, PNG or WebP image\."):
         predict(classifier, [tmp_path / "notes.txt"])
     with pytest.raises(DataError, match=r"none\.jpg cannot be read: No such file or directory\."):
         predict(classifier, [tmp_path / "none.jpg"])
+
+
+ODD = ("[b]cat", "[/b]", "$10_$20", "鸟", "نمر", "plain")
+
+
+def shown(table: object) -> str:
+    console = Console(file=StringIO(), width=120)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_names_are_shown_as_they_are():
+    figures = measure_figures(np.eye(6, dtype=np.float32), np.arange(6), ODD)
+    assert all(label in shown(figures.table()) for label in ODD)
+    predicted = shown(prediction_table([Path("[/b].jpg")], np.eye(6, dtype=np.float32)[:1], ODD, top=2))
+    assert "[/b].jpg" in predicted
+    assert "[b]cat" in predicted
+
+
+def test_any_name_can_be_drawn(tmp_path: Path):
+    # A warning about a letter that the font lacks would fail the test too.
+    truth, probabilities = np.arange(6), np.eye(6, dtype=np.float32)[[1, 2, 3, 4, 5, 0]]
+    draw_confusion(measure_figures(probabilities, truth, ODD), tmp_path)
+    draw_mistakes(Split(np.zeros((6, 8, 8, 3), np.uint8), truth, ()), probabilities, ODD, tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["confusion.png", "mistakes.png"]

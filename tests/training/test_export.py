@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from app.errors import BundleError
 from app.golden import prove
 from app.images import decode
 from app.manifest import Bundle, Manifest, PixelRecipe, read_bundle, verify_files
-from training import cli, export
+from tests.training.photos import SECRET, private_photo
+from training import cli, data, export
 from training.classifiers import Classifier, onnx_run, open_classifier
 from training.data import Split, load_split, read_listing
 from training.errors import ExportError
-from training.export import check_name, next_version, spread
-from training.runs import read_checkpoint
+from training.export import next_version, spread
+from training.names import check_name
+from training.runs import read_checkpoint, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_the_manifest_tells_the_models_story(work: Path, bundle: Bundle):
 
 def test_a_bundle_knows_which_images_were_kept_from_training(bundle: Bundle):
     classifier = open_classifier(bundle.directory, torch.device("cpu"))
-    assert (classifier.test_fraction, classifier.seed) == (0.2, 4)
+    assert (classifier.origin.test_fraction, classifier.origin.seed) == (0.2, 4)
 
 
 def test_the_graph_is_self_contained_and_names_no_place(work: Path, bundle: Bundle):
@@ -188,6 +191,72 @@ def test_golden_images_may_come_from_photos_of_ones_own(work: Path, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     assert cli.main([*arguments, f"--golden-from={tmp_path / 'empty'}"]) == 2
     assert f"{tmp_path / 'empty'} holds no .jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["../../x", "abc", "0", "", "1.0", "9" * 10])
+def test_a_version_that_cannot_be_served_is_refused_before_anything_is_computed(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, version: str
+):
+    monkeypatch.setattr(data, "load_split", None)
+    arguments = [f"--version={version}", f"--models-dir={tmp_path / 'models'}"]
+    assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 2
+    assert f"'{version}' cannot be a version: give --version a whole number from 1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_says_so(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = tmp_path / "runs"
+    shutil.copytree(work / "runs" / "insects", runs / "insects")
+    checkpoint = read_checkpoint(runs / "insects")
+    more = checkpoint.recipe.model_copy(update={"epochs": 2000})
+    write_checkpoint(runs / "insects", replace(checkpoint, recipe=more))
+    arguments = [f"--models-dir={tmp_path / 'models'}", f"--cache-dir={work / 'cache'}"]
+    assert cli.main(["export", str(runs / "insects"), *arguments]) == 0
+    assert "the run is not finished; the weights are those after epoch 3 of 2000." in capsys.readouterr().out
+    manifest = read_bundle(tmp_path / "models" / "insects" / "1").manifest
+    assert manifest.training["weights"] == "those after epoch 3 of 2000"
+
+
+def test_grown_data_is_neither_exported_nor_evaluated_as_unseen(
+    draw_tree: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    root, run, cache = tmp_path / "data", tmp_path / "runs" / "data", f"--cache-dir={tmp_path / 'cache'}"
+    draw_tree(root, parts=(("", 6),))
+    assert cli.main(["train", f"--data={root}", f"--runs-dir={run.parent}", "--epochs=1", cache]) == 0
+    shutil.copyfile(root / "bee" / "000.jpg", root / "bee" / "more.jpg")
+    for command in (["export", str(run), f"--models-dir={tmp_path / 'models'}"], ["evaluate", str(run)]):
+        capsys.readouterr()
+        assert cli.main([*command, cache]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"convoy-train: {root} does not hold the very images that the model was trained on")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_broken_golden_photo_is_named(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    models = tmp_path / "models"
+    arguments = [f"--models-dir={models}", f"--cache-dir={work / 'cache'}", f"--golden-from={photos}"]
+    assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"convoy-train: {photos / 'broken.jpg'}: The ")
+    assert error.count("\n") == 1
+
+
+def test_golden_images_carry_no_metadata_of_a_photo(work: Path, tmp_path: Path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, orientation in enumerate((1, 6, 3)):
+        (photos / f"{number}.jpg").write_bytes(private_photo(number, orientation))
+    arguments = [f"--models-dir={tmp_path / 'models'}", f"--cache-dir={work / 'cache'}", f"--golden-from={photos}"]
+    assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 0
+    bundle = read_bundle(tmp_path / "models" / "insects" / "1")
+    assert not any(SECRET in image for image in bundle.golden_bytes())
+    decoded = {decode(image, bundle.manifest.pixels).tobytes() for image in bundle.golden_bytes()}
+    for photo in photos.iterdir():
+        assert decode(photo.read_bytes(), bundle.manifest.pixels).tobytes() in decoded
 
 
 def test_a_version_is_not_replaced_unasked(work: Path, capsys: pytest.CaptureFixture[str]):

@@ -81,3 +81,19 @@ def test_no_network_is_one_sentence(tmp_path: Path):
 def test_the_published_archives_are_those_of_their_home():
     assert {one.file for one in ARCHIVES.values()} == {"cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"}
     assert all(one.url.startswith("https://www.cs.toronto.edu/~kriz/") for one in ARCHIVES.values())
+
+
+def test_a_machine_that_forbids_md5_for_security_can_check_a_file_all_the_same(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = archive(home)
+    md5 = hashlib.md5
+
+    def forbidding(data: bytes = b"", *, usedforsecurity: bool = True) -> object:
+        assert not usedforsecurity
+        return md5(data, usedforsecurity=False)
+
+    monkeypatch.setattr(hashlib, "md5", forbidding)
+    monkeypatch.setattr(hashlib, "new", None)
+    for _ in ("download", "found there"):
+        assert fetch(wanted, tmp_path).read_bytes() == CONTENT

@@ -34,6 +34,7 @@ def test_text_is_read_as_the_command_line_gives_it():
         ({"std": "0"}, "--std: 0 cannot be divided by."),
         ({"mean": "1,2"}, "--mean: "),
         ({"learning_rate": "nan"}, "--learning-rate: "),
+        ({"seed": str(2**63)}, "--seed: input should be less than 9223372036854775808."),
         ({"epoks": 3}, "--epoks: extra inputs are not permitted."),
         ({"resize_short_side": 16}, "--resize-short-side: resize_short_side 16 is smaller than the 32×32 crop."),
     ],

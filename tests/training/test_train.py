@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import cli, runs, train
+from training import cli, data, runs, train
+from training.errors import RecipeError
+from training.recipes import make_recipe
 from training.runs import read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -200,3 +202,117 @@ def test_cuda_is_not_silently_replaced(tree: Path, tmp_path: Path, capsys: pytes
         pytest.skip("this machine has CUDA")
     assert cli.main(flags(tree, tmp_path, device="cuda")) == 2
     assert "PyTorch finds no CUDA device here" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"network": "alexnet"}, "--network: there is no 'alexnet'"),
+        ({"size": 9}, "--size: article_cnn needs at least 10 pixels a side, not 9."),
+        ({"seed": 2**63}, "--seed: input should be less than"),
+        ({"network": "efficientnet_lite0", "batch-size": 1}, "--batch-size 1: efficientnet_lite0 normalises over each"),
+    ],
+)
+def test_force_costs_nothing_where_the_new_run_cannot_start(
+    one_epoch: Path,
+    tree: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: dict[str, object],
+    sentence: str,
+):
+    run = one_epoch / "runs" / "insects"
+    before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
+    monkeypatch.setattr(data, "load_split", None)  # nothing is decoded either
+    assert cli.main([*flags(tree, one_epoch, **wrong), "--force"]) == 2
+    assert sentence_starts(capsys, sentence)
+    assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
+
+
+def sentence_starts(capsys: pytest.CaptureFixture[str], start: str) -> bool:
+    return sentence(capsys).startswith(f"convoy-train: {start}")
+
+
+def test_force_interrupted_in_its_first_epoch_keeps_the_run_before(
+    one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    before = weights(one_epoch)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "measure", interrupt)
+    assert cli.main([*flags(tree, one_epoch, seed=9), "--force"]) == 130
+    assert "still holds the run before." in sentence(capsys)
+    assert same(weights(one_epoch), before)
+
+
+def test_force_leaves_no_picture_of_the_run_before(one_epoch: Path, tree: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "_draw_run", lambda *_: None)
+    assert cli.main([*flags(tree, one_epoch, epochs=1, seed=9), "--force"]) == 0
+    assert not list((one_epoch / "runs" / "insects").glob("*.png"))
+
+
+def test_a_single_image_left_over_joins_the_batch_before():
+    assert [len(batch) for batch in train.batches(torch.arange(9), 4)] == [4, 5]
+    assert [len(batch) for batch in train.batches(torch.arange(10), 4)] == [4, 4, 2]
+    assert [len(batch) for batch in train.batches(torch.arange(3), 1)] == [1, 1, 1]
+    assert [len(batch) for batch in train.batches(torch.arange(3), 10**30)] == [3]
+    assert torch.equal(torch.cat(train.batches(torch.arange(9), 4)), torch.arange(9))
+
+
+def test_batch_normalisation_trains_where_one_image_is_left_over(tree: Path, tmp_path: Path):
+    small = {"network": "efficientnet_lite0", "batch-size": 59, "size": 32}  # of 60 images
+    assert cli.main(flags(tree, tmp_path, epochs=1, **small)) == 0
+
+
+def test_only_batch_normalisation_needs_two_images_a_batch():
+    train.check_network(make_recipe(batch_size=1), classes=3)
+    with pytest.raises(RecipeError):
+        train.check_network(make_recipe(batch_size=1, network="efficientnet_lite0"), classes=3)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # The only step's loss is fine; what it leaves behind is not.
+    wild = {"optimizer": "sgd", "learning-rate": 1e38, "batch-size": 60}
+    assert cli.main(flags(tree, tmp_path, epochs=1, **wild)) == 2
+    assert "The loss is not a number any more in epoch 1" in sentence(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_outside_an_epoch_is_told_too(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "read_listing", interrupt)
+    assert cli.main(flags(tree, tmp_path)) == 130
+    assert sentence(capsys) == "convoy-train: interrupted.\n"
+
+
+def test_two_trainings_do_not_share_a_run_directory(one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str]):
+    run = one_epoch / "runs" / "insects"
+    with runs.locked(run):
+        assert cli.main([*flags(tree, one_epoch), "--force"]) == 2
+        assert f"{run} is being trained into by another process" in sentence(capsys)
+    (run / runs.LOCK_FILE).touch()  # as a killed process leaves it
+    assert cli.main([*flags(tree, one_epoch, epochs=1), "--force"]) == 0
+    assert not (run / runs.LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("folder", ["runs-dir", "cache-dir"])
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: str
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(data, "_decode_all", None)
+    assert cli.main(flags(tree, tmp_path, **{folder: tmp_path / "file" / "below"})) == 2
+    assert f"cannot be written (Not a directory): name another folder by --{folder}." in sentence(capsys)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "Pets", "", "a/b"])
+def test_a_run_is_named_as_a_model_may_be(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    assert cli.main(flags(tree, tmp_path, name=name)) == 2
+    assert f"'{name}' cannot name a model: give --name of lower-case letters" in sentence(capsys)
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from app.golden import prove
 from app.manifest import read_bundle
 from training import cli
 from training.classifiers import onnx_run
+from training.names import check_name, name_of
 from training.recipes import Recipe, flag
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,11 +58,12 @@ def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
     # The bundle answers as the run did; in this process, to spare the start of two more.
     monkeypatch.chdir(tmp_path)
     for model in ("runs/insects", "models/insects/1"):
-        assert cli.main(["predict", model, "data/insects/ant/000.jpg", "--top", "1"]) == 0
+        assert cli.main(["predict", model, "data/insects/ant/000.jpg", "--top-k", "1"]) == 0
     of_run, of_bundle = re.findall(r"data/insects/ant/000.jpg\W+(\w+)\W+([\d.]+%)", capsys.readouterr().out)
     assert of_run == of_bundle
     assert cli.main(["evaluate", "models/insects/1", "--data", "data/insects", "--cache-dir", "cache/convoy"]) == 0
-    assert f"accuracy {figures['accuracy']:.2%} on 12 images" in capsys.readouterr().out
+    expected = f"accuracy {figures['accuracy']:.2%} on 12 images (a held-out 20%: 12 of 60 images)"
+    assert expected in capsys.readouterr().out
 
 
 def test_help_answers_at_once_and_without_pytorch():
@@ -91,6 +93,16 @@ def test_every_knob_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]):
         (["evaluate", "nowhere", "--data", "{tree}"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["predict", "nowhere", "a.jpg"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["export", "nowhere"], "nowhere/checkpoint.pt does not exist: no epoch of this run was finished."),
+        ([], "the following arguments are required: COMMAND."),
+        (["trian"], "COMMAND: invalid choice: 'trian' (choose from"),
+        (["train"], "the following arguments are required: --data."),
+        (["train", "--data", "{tree}", "--device", "gpu"], "--device: invalid choice: 'gpu' (choose from"),
+        (["train", "--data", "{tree}", "--optimizer", "lion"], "--optimizer: invalid choice: 'lion' (choose from"),
+        (["train", "--data", "{tree}", "--fast"], "unrecognized arguments: --fast."),
+        (["train", "--data", "{tree}", "--name", "../escaped"], "'../escaped' cannot name a model: give --name"),
+        (["train", "--data", "caf\udce9"], "The argument 'caf\\udce9' is not UTF-8"),
+        (["predict", "nowhere", "a.jpg", "--top-k", "0"], "--top-k: '0' is no whole number of at least 1."),
+        (["predict", "nowhere", "a.jpg", "--top-k=-1"], "--top-k: '-1' is no whole number of at least 1."),
     ],
 )
 def test_a_fault_is_one_sentence_and_exit_code_2(
@@ -107,3 +119,11 @@ def test_a_fault_is_one_sentence_and_exit_code_2(
     error = capsys.readouterr().err
     assert error.startswith(f"convoy-train: {sentence}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("data/My Pets!", "my-pets"), ("a/cifar-10-python.tar.gz", "cifar-10-python")]
+)
+def test_a_run_is_named_after_its_data(data: str, name: str):
+    assert name_of(Path(data)) == name
+    check_name(name)
