@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 8.0
 WARM_UP_S = 2.0
 CONNECTIONS = 16
+IMAGES = {"cifar10-article": "golden/rotated.jpg"}
+"""What a model is asked, where its first golden image is no typical one: here 32×40 pixels instead of a photo."""
 
 
 @dataclass
@@ -65,14 +67,14 @@ def main() -> None:
 
 def measure(bundle: Bundle) -> Row:
     manifest = bundle.manifest
-    golden = manifest.golden.images[0]
-    image = (bundle.directory / golden.file).read_bytes()
+    file = IMAGES.get(manifest.name, manifest.golden.images[0].file)
+    image = (bundle.directory / file).read_bytes()
     ceiling = ceiling_per_s(bundle, image)
     latencies, mean_batch = served(manifest.name, image)
     rate = len(latencies) / SECONDS
     return Row(
         model=manifest.name,
-        image=f"{Path(golden.file).name} {len(image) / 1000:.1f} kB",
+        image=f"{Path(file).name} {len(image) / 1000:.1f} kB",
         connections=CONNECTIONS,
         ceiling_per_s=round(ceiling, 1),
         served_per_s=round(rate, 1),
