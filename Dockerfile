@@ -7,6 +7,7 @@ ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
 ENV ORT_DISABLE_TELEMETRY=1 \
+    PIP_CACHE_DIR=/var/cache/pip \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ONLY_BINARY=:all: \
     PIP_ROOT_USER_ACTION=ignore
@@ -22,25 +23,25 @@ FROM build AS dependencies
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     lists = {'base': project['dependencies'], **project['optional-dependencies']}; \
     [open(name + '.txt', 'w').write('\n'.join(lines)) for name, lines in lists.items()]"
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r base.txt
 
 
 FROM dependencies AS dependencies-cpu
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r cpu.txt && \
     /opt/convoy/bin/python -c "import onnxruntime"
 
 
 FROM dependencies AS dependencies-gpu
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python -m pip --python /opt/convoy/bin/python install -c constraints.txt -c constraints-gpu.txt -r gpu.txt && \
     /opt/convoy/bin/python -c "import onnxruntime"
 
 
 # Only /staged leaves this stage, so setuptools may go into its copy of the venv. training/ stays out: it needs torch.
 FROM build AS code
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python -m pip --python /opt/convoy/bin/python install -c constraints.txt "setuptools>=77"
 COPY README.md LICENSE ./
 COPY app app

@@ -9,7 +9,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -240,49 +241,62 @@ def write_bundle(
     Raises:
         BundleError: the fields do not make a valid manifest.
     """
-    fields = dict(manifest)
-    opset, tolerance, golden_labels = (
-        fields.pop("opset"),
-        fields.pop("tolerance"),
-        fields.pop("golden_labels"),
-    )
-    is_new_name = not target.parent.exists()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        scratch.chmod(0o755)
-        (scratch / GOLDEN_DIRECTORY).mkdir()
-        shutil.copyfile(model, scratch / MODEL_FILE)
-        np.save(scratch / PROBABILITIES_FILE, probabilities.astype(np.float32, copy=False))
-        images = []
-        for (name, data), label in zip(golden.items(), golden_labels, strict=True):
-            file = f"{GOLDEN_DIRECTORY}/{name}"
-            (scratch / file).write_bytes(data)
-            images.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "label": label})
-        fields["model"] = {
-            "sha256": sha256_of(scratch / MODEL_FILE),
-            "size_bytes": (scratch / MODEL_FILE).stat().st_size,
-            "opset": opset,
-        }
-        fields["golden"] = {
-            "images": images,
-            "probabilities_sha256": sha256_of(scratch / PROBABILITIES_FILE),
-            "tolerance": tolerance,
-        }
-        try:
-            record = Manifest.model_validate(fields)
-        except ValidationError as error:
-            raise BundleError(f"The bundle for {target} has no valid manifest: {_first_problem(error)}.") from error
-        text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False)
-        (scratch / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    with _scratch_beside(target) as scratch:
+        record = _fill(scratch, dict(manifest), model, golden, probabilities)
         if check is not None:
             check(Bundle(scratch, record))
         _replace_directory(scratch, target)
+    return Bundle(target, record)
+
+
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    """Make a hidden directory next to `target`, to be moved into its place; on failure nothing is left behind."""
+    is_new_name = not target.parent.exists()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch.chmod(0o755)
+    try:
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if is_new_name and not target.exists():
             target.parent.rmdir()
-    return Bundle(target, record)
+
+
+def _fill(
+    directory: Path,
+    fields: dict[str, Any],
+    model: Path,
+    golden: Mapping[str, bytes],
+    probabilities: NDArray[np.float32],
+) -> Manifest:
+    """Write a bundle's files into an empty directory, and last the manifest with their digests."""
+    (directory / GOLDEN_DIRECTORY).mkdir()
+    shutil.copyfile(model, directory / MODEL_FILE)
+    np.save(directory / PROBABILITIES_FILE, probabilities.astype(np.float32, copy=False))
+    images = []
+    for (name, data), label in zip(golden.items(), fields.pop("golden_labels"), strict=True):
+        file = f"{GOLDEN_DIRECTORY}/{name}"
+        (directory / file).write_bytes(data)
+        images.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "label": label})
+    fields["model"] = {
+        "sha256": sha256_of(directory / MODEL_FILE),
+        "size_bytes": (directory / MODEL_FILE).stat().st_size,
+        "opset": fields.pop("opset"),
+    }
+    fields["golden"] = {
+        "images": images,
+        "probabilities_sha256": sha256_of(directory / PROBABILITIES_FILE),
+        "tolerance": fields.pop("tolerance"),
+    }
+    try:
+        record = Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise BundleError(f"The bundle has no valid manifest: {_first_problem(error)}.") from error
+    text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    return record
 
 
 def sha256_of(path: Path) -> str:
