@@ -146,15 +146,17 @@ class Line:
         """
         with self._changed:
             while True:
-                head = self._head()
+                # One time for the whole decision: a job that expires meanwhile must not leave an empty batch.
+                now = self._clock()
+                head = self._head(now)
                 if head is None:
                     if self.closed:
                         return None
                     self._changed.wait()
-                elif (patience := self._patience(head)) > 0:
+                elif (patience := self._patience(head, now)) > 0:
                     self._changed.wait(patience)
                 else:
-                    return self._next_batch()
+                    return self._next_batch(now)
 
     def close(self) -> None:
         """Refuse new jobs; takers finish what waits, then get None."""
@@ -162,28 +164,28 @@ class Line:
             self.closed = True
             self._changed.notify_all()
 
-    def _head(self) -> Job | None:
+    def _head(self, now: float) -> Job | None:
         """Return the first job that is still wanted; expired ones before it are forgotten.
 
         Whoever awaits an expired job has a timer of its own, so nothing has to be told.
         """
         while self._jobs:
             job = next(iter(self._jobs))
-            if job.deadline > self._clock():
+            if job.deadline > now:
                 return job
             self._remove(job)
         return None
 
-    def _patience(self, head: Job) -> float:
+    def _patience(self, head: Job, now: float) -> float:
         """Seconds that the next batch may still wait to fill up."""
         if not self._linger_s or self.closed or self.rows >= self._max_batch:
             return 0.0
-        return head.queued_at + self._linger_s - self._clock()
+        return head.queued_at + self._linger_s - now
 
-    def _next_batch(self) -> Batch:
-        batch = Batch(taken_at=self._clock())
+    def _next_batch(self, now: float) -> Batch:
+        batch = Batch(taken_at=now)
         limit = self._fair_share()
-        while batch.rows < limit and (job := self._head()) is not None:
+        while batch.rows < limit and (job := self._head(now)) is not None:
             rows = min(job.waiting_rows, limit - batch.rows)
             batch.add(job, rows)
             self.rows -= rows
@@ -328,9 +330,8 @@ def _settle(job: Job, part: Slice) -> None:
 def _run(session: Session, batch: Batch) -> None:
     """Run a batch; where it fails, run its jobs one by one, so that only the guilty one fails."""
     parts = batch.slices
-    pixels = parts[0].pixels if len(parts) == 1 else np.concatenate([part.pixels for part in parts])
     try:
-        scores = session.run(pixels)
+        scores = session.run(parts[0].pixels if len(parts) == 1 else np.concatenate([part.pixels for part in parts]))
     except Exception as error:  # whatever a session raises becomes the job's answer, never the thread's end
         if len(parts) == 1:
             parts[0].error = InferenceError(f"The model failed on this request: {error}")

@@ -238,10 +238,25 @@ def test_linger_starts_at_the_oldest_job_and_ends_when_the_batch_is_full():
     line.extend([job_of(1)])
     clock.now += 0.3
     line.extend([job_of(1)])
-    assert line._patience(line._head()) == pytest.approx(0.2)
+    assert line._patience(line._head(clock.now), clock.now) == pytest.approx(0.2)
     line.extend([job_of(2)])
-    assert line._patience(line._head()) == 0
+    assert line._patience(line._head(clock.now), clock.now) == 0
     assert line.take().rows == 4
+
+
+@pytest.mark.parametrize("step_s", [0.0, 0.3, 0.6, 0.9])
+def test_a_job_that_expires_while_a_batch_is_formed_does_not_leave_it_empty(step_s):
+    """An empty batch once ended a session's thread for good."""
+    clock = ManualClock()
+    line = Line(max_batch=4, linger_s=0, clock=clock)
+    line.extend([job_of(2, deadline=clock.now + 1.0)])
+
+    def advancing() -> float:
+        clock.now += step_s
+        return clock.now
+
+    line._clock = advancing
+    assert line.take().rows == 2
 
 
 def test_sessions_share_slow_rows_and_leave_fast_ones_together():
