@@ -47,11 +47,17 @@ class UnknownModelError(ConvoyError):
 
 
 class TooLargeError(ConvoyError):
-    """Body, image or number of images is beyond a limit of the service."""
+    """An image, or the number of images, is beyond a limit of the service."""
 
     status = 413
-    closes = True
     code = "too_large"
+
+
+class BodyTooLargeError(TooLargeError):
+    """The body is beyond the limit, and not all of it was read."""
+
+    closes = True
+    code = "body_too_large"
 
 
 class UnsupportedMediaTypeError(ConvoyError):

@@ -16,7 +16,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive, Scope
 
 from app.engine import Ticket
-from app.errors import BadRequestError, LostBodyError, TooLargeError, UnsupportedMediaTypeError
+from app.errors import BadRequestError, BodyTooLargeError, LostBodyError, TooLargeError, UnsupportedMediaTypeError
 from app.http.schemas import ImagesBody
 
 if TYPE_CHECKING:  # exists for type checkers only
@@ -168,7 +168,7 @@ async def _read(head: Head, receive: Receive, ticket: Ticket, limit: int) -> byt
     if head.content_length > limit:
         if not head.waits_for_100:  # else the client has not sent it, and will not
             await _swallow(True, receive, SWALLOW_BODIES * limit)
-        raise TooLargeError(too_large, code="body_too_large")
+        raise BodyTooLargeError(too_large)
     ticket.expect_bytes(head.content_length)
     chunks: list[bytes] = []
     size = 0
@@ -179,7 +179,7 @@ async def _read(head: Head, receive: Receive, ticket: Ticket, limit: int) -> byt
         if size > limit:
             chunks.clear()
             await _swallow(more, receive, SWALLOW_BODIES * limit)
-            raise TooLargeError(too_large, code="body_too_large")
+            raise BodyTooLargeError(too_large)
         ticket.hold_bytes(len(chunk))
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)

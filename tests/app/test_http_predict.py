@@ -239,6 +239,22 @@ def test_a_client_that_sends_first_and_reads_later_reads_the_413(server):
         connection.close()
 
 
+@pytest.mark.parametrize(
+    ("request_", "closes"),
+    [
+        ({"content": b"x" * 2_000_001}, True),
+        (as_form(*[GOOD] * 41), False),
+        ({"content": BOMB.getvalue()}, False),
+        ({"content": b"no image"}, False),
+    ],
+    ids=["body too large", "too many images", "image too large", "bad image"],
+)
+def test_only_an_unread_body_ends_the_connection(server, request_, closes):
+    response = post(server, **request_)
+    assert response.status_code in (413, 422)
+    assert (response.headers.get("connection") == "close") == closes
+
+
 def test_head_is_answered_like_get_without_a_body(server):
     for path in ("/livez", "/readyz", "/models"):
         response = server.client.head(path)
