@@ -32,6 +32,9 @@ from app.sessions import Session
 
 log = logging.getLogger(__name__)
 
+DEFAULT_URGENCY = 3
+"""Of 0 (first) to 7 (last), as in the header `Priority: u=3` of RFC 9218."""
+LAST_URGENCY = 7
 CLOSE_TIMEOUT_S = 10.0
 WORTH_SHARING_S = 0.002
 """Less work than this is not divided among sessions: waking one up and taking turns at Python costs more."""
@@ -45,17 +48,36 @@ class Job:
     Attributes:
         pixels: uint8 `[n, height, width, 3]`.
         deadline: clock time after which nobody wants the answer, seconds.
+        urgency: 0 (first) to 7 (last); the more urgent are taken first, whatever waits longer.
         answer: the future that gets float32 `[n, classes]` or the job's error.
         taken: rows that a session has taken so far.
         returned: rows whose batch has come back.
         queued_s, infer_s: waiting time up to the first run, and longest run, seconds.
     """
 
-    __slots__ = ("answer", "deadline", "infer_s", "pixels", "queued_at", "queued_s", "returned", "scores", "taken")
+    __slots__ = (
+        "answer",
+        "deadline",
+        "infer_s",
+        "pixels",
+        "queued_at",
+        "queued_s",
+        "returned",
+        "scores",
+        "taken",
+        "urgency",
+    )
 
-    def __init__(self, pixels: NDArray[np.uint8], deadline: float, answer: asyncio.Future[NDArray[np.float32]]) -> None:
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        deadline: float,
+        answer: asyncio.Future[NDArray[np.float32]],
+        urgency: int = DEFAULT_URGENCY,
+    ) -> None:
         self.pixels = pixels
         self.deadline = deadline
+        self.urgency = urgency
         self.answer = answer
         self.scores: NDArray[np.float32] | None = None
         self.taken = 0
@@ -103,14 +125,17 @@ class Batch:
 
 
 class Line:
-    """The jobs that wait, first come first served; the only thing that both sides touch."""
+    """The jobs that wait: the urgent ones first, first come first served among equals.
+
+    The only thing that both sides touch.
+    """
 
     def __init__(self, max_batch: int, linger_s: float, takers: int = 1, clock: Clock = time.monotonic) -> None:
         self._max_batch = max_batch
         self._takers = takers
         self._linger_s = linger_s
         self._clock = clock
-        self._jobs: OrderedDict[Job, None] = OrderedDict()
+        self._queues: list[OrderedDict[Job, None]] = [OrderedDict() for _ in range(LAST_URGENCY + 1)]
         self._changed = threading.Condition()
         self.closed = False
         self.rows = 0
@@ -129,7 +154,7 @@ class Line:
             now = self._clock()
             for job in jobs:
                 job.queued_at = now
-                self._jobs[job] = None
+                self._queues[job.urgency][job] = None
                 self.rows += job.waiting_rows
             self._changed.notify()
 
@@ -153,7 +178,7 @@ class Line:
                     if self.closed:
                         return None
                     self._changed.wait()
-                elif (patience := self._patience(head, now)) > 0:
+                elif (patience := self._patience(now)) > 0:
                     self._changed.wait(patience)
                 else:
                     return self._next_batch(now)
@@ -169,18 +194,20 @@ class Line:
 
         Whoever awaits an expired job has a timer of its own, so nothing has to be told.
         """
-        while self._jobs:
-            job = next(iter(self._jobs))
-            if job.deadline > now:
-                return job
-            self._remove(job)
+        for queue in self._queues:
+            while queue:
+                job = next(iter(queue))
+                if job.deadline > now:
+                    return job
+                self._remove(job)
         return None
 
-    def _patience(self, head: Job, now: float) -> float:
+    def _patience(self, now: float) -> float:
         """Seconds that the next batch may still wait to fill up."""
         if not self._linger_s or self.closed or self.rows >= self._max_batch:
             return 0.0
-        return head.queued_at + self._linger_s - now
+        oldest = min(next(iter(queue)).queued_at for queue in self._queues if queue)
+        return oldest + self._linger_s - now
 
     def _next_batch(self, now: float) -> Batch:
         batch = Batch(taken_at=now)
@@ -190,8 +217,8 @@ class Line:
             batch.add(job, rows)
             self.rows -= rows
             if not job.waiting_rows:
-                del self._jobs[job]
-        if self._jobs:
+                del self._queues[job.urgency][job]
+        if self.rows:
             self._changed.notify()
         return batch
 
@@ -206,8 +233,9 @@ class Line:
         return min(self._max_batch, math.ceil(self.rows / self._takers))
 
     def _remove(self, job: Job) -> None:
-        if job in self._jobs:
-            del self._jobs[job]
+        queue = self._queues[job.urgency]
+        if job in queue:
+            del queue[job]
             self.rows -= job.waiting_rows
 
 
@@ -224,6 +252,8 @@ class Batcher:
         metrics: ModelMetrics,
         clock: Clock = time.monotonic,
     ) -> None:
+        self.parallel = len(sessions)
+        """How many batches run at the same time."""
         self._line = Line(max_batch, linger_s, len(sessions), clock)
         self._arrived: list[Job] = []
         self._loop = loop
@@ -239,12 +269,13 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, pixels: NDArray[np.uint8], deadline: float) -> Job:
+    def submit(self, pixels: NDArray[np.uint8], deadline: float, urgency: int = DEFAULT_URGENCY) -> Job:
         """Put rows in line, to be batched with whatever else waits. Call on the event loop.
 
         Args:
             pixels: uint8 `[n, height, width, 3]`; more than `max_batch` rows run as several batches.
             deadline: clock time after which the rows are not run any more, seconds.
+            urgency: 0 (first) to 7 (last).
 
         Returns:
             The job; await its `answer` (float32 `[n, classes]`, or InferenceError), and abandon it if you give up.
@@ -254,7 +285,7 @@ class Batcher:
         """
         if self._line.closed:
             raise UnavailableError("The model is being unloaded; try again.")
-        job = Job(pixels, deadline, self._loop.create_future())
+        job = Job(pixels, deadline, self._loop.create_future(), urgency)
         if not self._arrived:
             # One lock and one wake-up for all that arrive in this turn of the loop, and they share a batch.
             self._loop.call_soon(self._enter_line)
@@ -332,6 +363,8 @@ def _run(session: Session, batch: Batch) -> None:
     parts = batch.slices
     try:
         scores = session.run(parts[0].pixels if len(parts) == 1 else np.concatenate([part.pixels for part in parts]))
+        if not math.isfinite(scores.sum()):
+            raise ValueError("it gave an answer that is no number")
     except Exception as error:  # whatever a session raises becomes the job's answer, never the thread's end
         if len(parts) == 1:
             parts[0].error = InferenceError(f"The model failed on this request: {error}")

@@ -26,6 +26,10 @@ class ConvoyError(Exception):
         return type(self)(f"{where}: {self.message}", code=self.code)
 
 
+class AbandonedError(Exception):
+    """The client left before its body was read or its answer was ready; there is nobody to tell."""
+
+
 class BadRequestError(ConvoyError):
     """The request is malformed: wrong JSON, form, parameter or header."""
 
@@ -80,8 +84,8 @@ class QueueFullError(ConvoyError):
     status = 429
     code = "queue_full"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
 
 

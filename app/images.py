@@ -67,6 +67,16 @@ def decode(data: bytes, recipe: PixelRecipe, max_pixels: int = DEFAULT_MAX_PIXEL
             raise BadImageError(f"The {image.format} image is damaged or incomplete: {_sentence(error)}.") from error
 
 
+def count_pixels(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> int:
+    """Return how many pixels an image has, by its header.
+
+    Raises:
+        BadImageError, TooLargeError: as `decode` would.
+    """
+    with _open(data, max_pixels) as image:
+        return image.width * image.height
+
+
 def forbid_pillow_guesses() -> None:
     """Switch off Pillow's own pixel limit, and its remarks on odd files, which any client could fill a log with.
 

@@ -74,6 +74,9 @@ class Metrics:
             "convoy_inflight_images", "Images admitted and unanswered.", registry=self.registry
         )
         self.inflight_bytes = Gauge("convoy_inflight_bytes", "Bytes of request bodies held.", registry=self.registry)
+        self.inflight_pixels = Gauge(
+            "convoy_inflight_pixels", "Pixels that wait to be decoded.", registry=self.registry
+        )
         self.rejected = Counter(
             "convoy_rejected_total", "Requests refused, by reason.", ["model", "reason"], registry=self.registry
         )

@@ -1,6 +1,7 @@
 """The composition root: one settings object in, a running service out. Everything is built here and handed down."""
 
 import asyncio
+import gc
 import logging
 import socket
 import threading
@@ -12,12 +13,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import runtime
+from app.admission import Admission, Limits
 from app.batcher import Batcher
 from app.cpus import usable_cpus
-from app.engine import Admission, LocalEngine
+from app.engine import LocalEngine
 from app.errors import SettingsError
 from app.http.application import create_app
 from app.http.bodies import BodyLimits
+from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
 from app.manifest import Bundle
 from app.metrics import Metrics, ModelMetrics
@@ -28,6 +31,8 @@ from app.settings import Settings
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+GARBAGE_THRESHOLD = 20_000
+"""Allocations between two collections of the youngest garbage; Python's 700 are one request of a few images."""
 
 
 class Service:
@@ -54,7 +59,16 @@ class Service:
             open_sessions=self._open_sessions,
             start=self._start_batcher,
         )
-        admission = Admission(settings.max_inflight_images, settings.max_inflight_bytes, self.metrics)
+        admission = Admission(
+            Limits(
+                images=settings.max_inflight_images,
+                bytes=settings.max_inflight_bytes,
+                pixels=settings.max_inflight_pixels,
+                model_images=settings.limits_of_models(self.repository.entries),
+                queue_target_s=settings.queue_target_ms / 1000,
+            ),
+            self.metrics,
+        )
         self.engine = LocalEngine(
             self.repository,
             admission,
@@ -98,6 +112,10 @@ class Service:
         except SettingsError as fault:  # no model can be served so: the process ends, and `serve` raises it
             self.fault = fault
             return
+        # What was loaded stays: a collection that walked through it would hold up every request that is inside.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GARBAGE_THRESHOLD, 10, 50)
         reason = self.why_not_ready()
         if reason:
             log.error("not ready", extra={"reason": reason})
@@ -173,7 +191,9 @@ def serve(settings: Settings) -> None:
         log.info("listening", extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
         config = uvicorn.Config(
             service.app,
-            http="httptools",
+            http=Connection,
+            ws="none",
+            proxy_headers=False,
             access_log=False,
             log_config=None,
             server_header=False,

@@ -5,7 +5,7 @@ Flags win over the environment. An unknown `CONVOY_` name is an error, never ign
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -54,6 +54,22 @@ class Settings(BaseModel):
         le=10**12,
         description="Bytes of request bodies held at once; beyond it requests get 429.",
     )
+    max_inflight_pixels: int = Field(
+        default=400_000_000,
+        ge=1,
+        le=10**12,
+        description="Pixels waiting to be decoded at once, by the images' headers; beyond it requests get 429.",
+    )
+    model_limits: str = Field(
+        default="",
+        description="Images of single models inside at once, as in imagenet=64,pets=200; others share the whole.",
+    )
+    queue_target_ms: float = Field(
+        default=100.0,
+        ge=0,
+        le=3_600_000,
+        description="Under lasting overload, requests that would wait longer get 429. 0: only the limits count.",
+    )
     max_body_bytes: int = Field(
         default=32_000_000, ge=1, le=10**12, description="Largest request body; larger ones get 413."
     )
@@ -91,6 +107,24 @@ class Settings(BaseModel):
         default="info", description="Least severity that is logged."
     )
     access_log: bool = Field(default=True, description="One line a request.")
+
+    def limits_of_models(self, names: Collection[str]) -> dict[str, int]:
+        """Return `model_limits` as numbers, for models that are there.
+
+        Raises:
+            SettingsError: it is not of that form, or names another model.
+        """
+        limits = {}
+        for part in filter(None, (part.strip() for part in self.model_limits.split(","))):
+            name, _, limit = part.partition("=")
+            if name not in names:
+                raise SettingsError(
+                    f"model_limits names '{name}', which is no model here; there are: {', '.join(names)}."
+                )
+            if not limit.isdecimal() or not int(limit):
+                raise SettingsError(f"model_limits has '{part}': write name=number, above 0, as in imagenet=64.")
+            limits[name] = int(limit)
+        return limits
 
     @classmethod
     def from_sources(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Self:

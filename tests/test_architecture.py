@@ -19,6 +19,7 @@ FLOORS = {
     "app.http": 7,
     "app.offline": 7,
     "app.engine": 6,
+    "app.admission": 5,
     "app.repository": 5,
     "app.batcher": 4,
     "app.sessions": 3,

@@ -7,6 +7,7 @@ that names it.
 import asyncio
 import base64
 import binascii
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -15,8 +16,16 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive, Scope
 
-from app.engine import Ticket
-from app.errors import BadRequestError, BodyTooLargeError, LostBodyError, TooLargeError, UnsupportedMediaTypeError
+from app.admission import Ticket
+from app.batcher import DEFAULT_URGENCY
+from app.errors import (
+    AbandonedError,
+    BadRequestError,
+    BodyTooLargeError,
+    LostBodyError,
+    TooLargeError,
+    UnsupportedMediaTypeError,
+)
 from app.http.schemas import ImagesBody
 
 if TYPE_CHECKING:  # exists for type checkers only
@@ -34,6 +43,7 @@ RAW_TYPES = frozenset(
         "",
     }
 )
+_URGENCY = re.compile(rb"(?:^|[,\s])u=([0-7])(?![0-9])")
 PARSE_IN_THREAD_BYTES = 1_000_000
 """Larger JSON and forms are taken apart off the event loop: 30 MB of base64 take about 100 ms."""
 MAX_FORM_FIELDS = 32
@@ -50,10 +60,6 @@ class BodyLimits:
     max_images: int
 
 
-class ClientGoneError(Exception):
-    """The client left before its body was read or its answer was ready; there is nobody to tell."""
-
-
 @dataclass(slots=True)
 class Head:
     """The request headers that a prediction looks at."""
@@ -64,6 +70,7 @@ class Head:
     timeout_ms: int | None = None
     waits_for_100: bool = False
     upgrade: str = ""
+    urgency: int = DEFAULT_URGENCY
 
     @classmethod
     def of(cls, scope: Scope) -> Self:
@@ -82,6 +89,9 @@ class Head:
                 head.content_encoding = value.decode("latin-1").lower()
             elif name == b"expect":
                 head.waits_for_100 = value.lower() == b"100-continue"
+            elif name == b"priority":
+                if found := _URGENCY.search(value):  # RFC 9218: what cannot be read is passed over
+                    head.urgency = int(found[1])
             elif name == b"upgrade":
                 head.upgrade = value.decode("latin-1")
             elif name == b"timeout-ms":
@@ -100,7 +110,7 @@ async def read_images(head: Head, receive: Receive, ticket: Ticket, limits: Body
         TooLargeError: body or number of images is beyond the limits.
         QueueFullError: the service holds too many bytes already.
         BadRequestError: the body is empty, or not what its Content-Type says.
-        ClientGoneError: the client left before its body was complete.
+        AbandonedError: the client left before its body was complete.
     """
     kind, boundary = _content_type(head)
     body = await _read(head, receive, ticket, limits.max_body_bytes)
@@ -189,7 +199,7 @@ async def _receive_chunk(receive: Receive) -> tuple[bytes, bool]:
     """Return the next piece of the body, and whether there are more."""
     message = await receive()
     if message["type"] == "http.disconnect":
-        raise ClientGoneError
+        raise AbandonedError
     return message.get("body", b""), message.get("more_body", False)
 
 

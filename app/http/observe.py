@@ -5,11 +5,12 @@ request's `Trace`; nothing here decides anything.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import re
+import secrets
 import time
-import uuid
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,6 +24,9 @@ CLIENT_GONE = 499
 """Not sent to anybody: counted for clients that disconnect before their answer (nginx's number for it)."""
 
 _GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+# Unique over processes by 80 random bits, and in this one by counting: a fifth of the cost of a UUID.
+_ID_START = secrets.token_hex(10)
+_ids = itertools.count()
 _FAILED_INSIDE = frozenset({500, 504})
 """Statuses of requests that were admitted: not refusals, so not in `convoy_rejected_total`."""
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
@@ -116,7 +120,7 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _GOOD_ID.fullmatch(value):
             return cast(bytes, value).decode()
-    return uuid.uuid4().hex
+    return f"{_ID_START}{next(_ids):012x}"
 
 
 async def _send_plainly(send: Send, status: int, body: bytes) -> None:

@@ -4,24 +4,26 @@ The hot path, so a plain ASGI endpoint: `Front` hands it these requests before F
 FastAPI's all the same, for the OpenAPI document and for wrong methods.
 """
 
-import asyncio
 import json
 import time
-from collections.abc import Coroutine
+from http import HTTPStatus
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
+from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.engine import Engine, Prediction
-from app.errors import BadRequestError, ConvoyError, DeadlineError
-from app.http.bodies import BodyLimits, ClientGoneError, Head, read_images
+from app.errors import AbandonedError, BadRequestError, ConvoyError
+from app.http.bodies import BodyLimits, Head, read_images
+from app.http.connection import Exchange, exchange_of
 from app.http.errors import send_error
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
-from app.scores import top_k
+from app.repository import LoadedModel
+from app.scores import JsonWriter
 
 DEFAULT_TOP_K = 5
 
@@ -68,32 +70,63 @@ class Predictor:
         self._engine = engine
         self._limits = limits
         self._timeout_ms = timeout_ms
+        self._forms: WeakKeyDictionary[LoadedModel, _Form] = WeakKeyDictionary()
 
     async def answer(self, name: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         """Read a request's images, classify them with the model `name` (None: the default one), and send the answer."""
+        exchange = exchange_of(scope)
         try:
-            await self._classify(name, scope, receive, send)
+            await self._classify(name, scope, receive, exchange)
         except ConvoyError as fault:
             await send_error(fault, trace_of(scope), send)
-        except ClientGoneError:
+        except AbandonedError:
             return
+        finally:
+            exchange.on_leave(None)
 
-    async def _classify(self, name: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _classify(self, name: str | None, scope: Scope, receive: Receive, exchange: Exchange) -> None:
         trace = trace_of(scope)
         model = self._engine.model(name)
         trace.model, trace.version = model.manifest.name, model.manifest.version
         head = Head.of(scope)
-        k = _wanted_top_k(scope["query_string"], len(model.manifest.labels))
+        query = scope["query_string"]
+        k = _wanted_top_k(query, len(model.manifest.labels)) if query else DEFAULT_TOP_K
         deadline = trace.started + min(head.timeout_ms or self._timeout_ms, self._timeout_ms) / 1000
-        with self._engine.admit() as ticket, model.metrics.inflight_requests.track_inprogress():
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    images = await read_images(head, receive, ticket, self._limits)
-            except TimeoutError:
-                raise DeadlineError("The deadline passed before the whole body had arrived.") from None
+        with self._engine.admit(model, deadline, head.urgency) as ticket:
+            exchange.on_leave(ticket.abandon)
+            images = await read_images(head, receive, ticket, self._limits)
             trace.images = len(images)
-            prediction = await _unless_client_leaves(receive, self._engine.classify(model, images, deadline, ticket))
-        await _send(prediction, k, send)
+            prediction = await self._engine.classify(model, images, ticket)
+        started = time.monotonic()
+        form = self._forms.get(model) or self._forms.setdefault(model, _Form(model))
+        headers, body = form.fill(prediction, k, trace.request_id)
+        model.metrics.post.observe(time.monotonic() - started)
+        trace.status = HTTPStatus.OK
+        await exchange.answer(HTTPStatus.OK, headers, body)
+
+
+class _Form:
+    """The answers of one model, with everything filled in that is the same in all of them."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        manifest = model.manifest
+        self._writer = JsonWriter(manifest.labels)
+        self._start = json.dumps({"model": manifest.name, "version": manifest.version}, separators=(",", ":"))[:-1]
+        self._headers = (
+            "content-type: application/json\r\n"
+            f"x-model-digest: {manifest.model.sha256}\r\n"
+            f"x-provider: {model.provider}\r\n"
+        )
+
+    def fill(self, prediction: Prediction, k: int, request_id: str) -> tuple[bytes, bytes]:
+        """Return the headers, lines that end in CRLF, and the body of an answer."""
+        write, stages = self._writer.write, prediction.stages
+        results = ",".join([write(row, k) for row in prediction.probabilities])
+        headers = (
+            f"{self._headers}x-request-id: {request_id}\r\nserver-timing: decode;dur={stages.decode_s * 1000:.2f}, "
+            f"queue;dur={stages.queue_s * 1000:.2f}, infer;dur={stages.infer_s * 1000:.2f}\r\n"
+        )
+        return headers.encode(), f'{self._start},"results":[{results}]}}'.encode()
 
 
 class Front:
@@ -164,61 +197,15 @@ def routes(predictor: Predictor) -> APIRouter:
 
 
 def _wanted_top_k(query: bytes, classes: int) -> int:
-    """Return `top_k` of a query string, or the default.
+    """Return `top_k` of a query string, or the default, which may be more than there are.
 
     Raises:
         BadRequestError: it is no whole number from 1 to the number of classes.
     """
-    values = [value for name, value in parse_qsl(query, keep_blank_values=True) if name == b"top_k"] if query else []
+    values = [value for name, value in parse_qsl(query, keep_blank_values=True) if name == b"top_k"]
     if not values:
-        return min(DEFAULT_TOP_K, classes)
+        return DEFAULT_TOP_K
     if not (values[-1].isdigit() and 1 <= int(values[-1][:9]) <= classes):
         shown = values[-1][:40].decode("utf-8", "replace")
         raise BadRequestError(f"top_k = {shown!r} is not a whole number from 1 to the model's {classes} classes.")
     return int(values[-1])
-
-
-async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Prediction]) -> Prediction:
-    """Await `work`; cancel it and raise ClientGoneError when the client leaves first."""
-    answer = asyncio.ensure_future(work)
-    # The body has been read, so the next message can only be the disconnect.
-    leaving = asyncio.ensure_future(receive())
-    try:
-        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientGoneError
-        return answer.result()
-    finally:
-        leaving.cancel()
-        answer.cancel()
-
-
-async def _send(prediction: Prediction, k: int, send: Send) -> None:
-    started = time.monotonic()
-    model, stages = prediction.model, prediction.stages
-    manifest = model.manifest
-    results = [
-        {
-            "top": [
-                {"label": score.label, "index": score.index, "probability": score.probability}
-                for score in top_k(row, manifest.labels, k)
-            ]
-        }
-        for row in prediction.probabilities
-    ]
-    content = {"model": manifest.name, "version": manifest.version, "results": results}
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    timing = (
-        f"decode;dur={stages.decode_s * 1000:.2f}, queue;dur={stages.queue_s * 1000:.2f}, "
-        f"infer;dur={stages.infer_s * 1000:.2f}"
-    )
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"server-timing", timing.encode()),
-        (b"x-model-digest", manifest.model.sha256.encode()),
-        (b"x-provider", model.provider.encode()),
-    ]
-    model.metrics.post.observe(time.monotonic() - started)
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -19,8 +19,9 @@ class EchoSession:
 
     provider = "cpu"
 
-    def __init__(self, fail_on: int | None = None, held: bool = False) -> None:
+    def __init__(self, fail_on: int | None = None, nan_on: int | None = None, held: bool = False) -> None:
         self.batches: list[list[int]] = []
+        self.nan_on = nan_on
         self.fail_on = fail_on
         self.gate = threading.Event()
         self.entered = threading.Event()
@@ -34,6 +35,8 @@ class EchoSession:
         self.batches.append(rows)
         if self.fail_on in rows:
             raise RuntimeError(f"row {self.fail_on} is cursed")
+        if self.nan_on in rows:
+            return np.full((len(rows), 2), np.nan, np.float32)
         return np.array([[row, 255 - row] for row in rows], np.float32)
 
 
@@ -120,6 +123,22 @@ def test_a_failing_request_does_not_harm_its_neighbours():
         assert (good, other) == ([1], [5])
         assert isinstance(cursed, InferenceError) and "row 3 is cursed" in cursed.message
         assert await answer(batcher, 9) == [9]
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_is_no_number_is_an_error_of_its_own_request():
+    async def scenario():
+        session = EchoSession(nan_on=3, held=True)
+        batcher = batcher_over(session, max_batch=8)
+        await fill(session, batcher)
+        jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 3)]
+        await until(lambda: batcher._line.rows == 2)
+        session.gate.set()
+        good, cursed = await asyncio.gather(*jobs, return_exceptions=True)
+        assert good == [1]
+        assert isinstance(cursed, InferenceError) and "no number" in cursed.message
         batcher.close()
 
     asyncio.run(scenario())
@@ -238,9 +257,9 @@ def test_linger_starts_at_the_oldest_job_and_ends_when_the_batch_is_full():
     line.extend([job_of(1)])
     clock.now += 0.3
     line.extend([job_of(1)])
-    assert line._patience(line._head(clock.now), clock.now) == pytest.approx(0.2)
+    assert line._patience(clock.now) == pytest.approx(0.2)
     line.extend([job_of(2)])
-    assert line._patience(line._head(clock.now), clock.now) == 0
+    assert line._patience(clock.now) == 0
     assert line.take().rows == 4
 
 
@@ -308,7 +327,7 @@ def test_rows_are_counted_and_taken_exactly_once(data):
                     taken.setdefault(part.job, []).extend(range(part.start, part.stop))
             case "wait":
                 clock.now += 1
-        alive = [job for job in alive if job in line._jobs]
+        alive = [job for job in alive if job in line._queues[job.urgency]]
         assert line.rows == sum(job.waiting_rows for job in alive)
     for job, found in taken.items():
         assert found == list(range(job.taken))

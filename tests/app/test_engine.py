@@ -5,12 +5,13 @@ import time
 import numpy as np
 import pytest
 
+from app.admission import Admission, Limits, Ticket
 from app.batcher import Batcher
-from app.engine import Admission, DrainRate, LocalEngine
-from app.errors import BadImageError, DeadlineError, QueueFullError
+from app.engine import LocalEngine
+from app.errors import AbandonedError, BadImageError, DeadlineError, QueueFullError
 from app.metrics import Metrics
 from app.repository import LoadedModel
-from tests.bundles import COLOURS, make_bundle, plain_image
+from tests.bundles import COLOURS, encode, make_bundle, plain_image
 
 
 class HeldSession:
@@ -32,23 +33,29 @@ class HeldSession:
         return scores
 
 
+def limits_of(images=8, bytes=100_000, pixels=1_000_000, model_images=None, queue_target_s=0.0) -> Limits:
+    return Limits(images, bytes, pixels, model_images or {}, queue_target_s)
+
+
 class Bench:
     """An engine over one held session."""
 
-    def __init__(self, tmp_path, max_images=8, max_bytes=100_000) -> None:
+    def __init__(self, tmp_path, **limits) -> None:
         self.metrics = Metrics()
+        self.tickets: list[Ticket] = []
         self.session = HeldSession()
         model_metrics = self.metrics.for_model("colours", "1")
         batcher = Batcher(
             [self.session], max_batch=4, linger_s=0, loop=asyncio.get_running_loop(), metrics=model_metrics
         )
         self.model = LoadedModel(make_bundle(tmp_path / "models"), "cpu", batcher, model_metrics)
-        self.admission = Admission(max_images, max_bytes, self.metrics)
+        self.admission = Admission(limits_of(**limits), self.metrics)
         self.engine = LocalEngine(None, self.admission, decode_threads=2, max_image_pixels=1_000_000)
 
     async def classify(self, *images: bytes, timeout_s: float = 10) -> np.ndarray:
-        with self.engine.admit() as ticket:
-            prediction = await self.engine.classify(self.model, images, time.monotonic() + timeout_s, ticket)
+        with self.engine.admit(self.model, time.monotonic() + timeout_s) as ticket:
+            self.tickets.append(ticket)
+            prediction = await self.engine.classify(self.model, images, ticket)
         return prediction.probabilities
 
     async def occupy(self) -> asyncio.Task:
@@ -72,7 +79,9 @@ def with_bench(tmp_path, scenario, **limits):
         bench = Bench(tmp_path, **limits)
         try:
             await scenario(bench)
-            assert (bench.admission.images, bench.admission.bytes) == (0, 0), "a ticket was not given back"
+            held = bench.admission
+            assert (held.images, held.bytes, held.pixels) == (0, 0, 0), "a ticket was not given back"
+            assert held.lane(bench.model.metrics).images == 0
         finally:
             bench.close()
 
@@ -104,20 +113,37 @@ def test_the_deadline_frees_the_client_while_the_session_is_stuck(tmp_path):
     with_bench(tmp_path, scenario)
 
 
-def test_a_cancelled_request_in_line_is_counted_and_not_run(tmp_path):
+def test_an_abandoned_request_in_line_is_counted_and_not_run(tmp_path):
     async def scenario(bench):
         stuck = await bench.occupy()
         leaving = asyncio.create_task(bench.classify(plain_image("red"), plain_image("blue")))
         while bench.model.batcher._line.rows < 2:
             await asyncio.sleep(0.005)
-        leaving.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        bench.tickets[-1].abandon()
+        with pytest.raises(AbandonedError):
             await leaving
+        assert leaving.cancelling() == 0, "the cancellation ends with the ticket"
         assert bench.model.batcher._line.rows == 0
         assert bench.dropped("queue", "disconnected") == 1
         bench.session.gate.set()
         await stuck
         assert bench.session.rows_run == 1
+
+    with_bench(tmp_path, scenario)
+
+
+def test_a_request_that_is_cancelled_from_outside_stays_cancelled(tmp_path):
+    async def scenario(bench):
+        stuck = await bench.occupy()
+        cut_off = asyncio.create_task(bench.classify(plain_image("red")))
+        while bench.model.batcher._line.rows < 1:
+            await asyncio.sleep(0.005)
+        cut_off.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cut_off
+        assert bench.dropped("queue", "draining") == 1
+        bench.session.gate.set()
+        await stuck
 
     with_bench(tmp_path, scenario)
 
@@ -154,13 +180,14 @@ def test_a_decode_that_nobody_waits_for_still_counts(tmp_path, monkeypatch):
 
 def test_bytes_are_bounded_too(tmp_path):
     async def scenario(bench):
-        with bench.engine.admit() as first, bench.engine.admit() as second:
+        deadline = time.monotonic() + 10
+        with bench.engine.admit(bench.model, deadline) as first, bench.engine.admit(bench.model, deadline) as second:
             first.hold_bytes(600)
             with pytest.raises(QueueFullError):
                 second.hold_bytes(500)
             second.hold_bytes(400)
 
-    with_bench(tmp_path, scenario, max_bytes=1000)
+    with_bench(tmp_path, scenario, bytes=1000)
 
 
 def test_a_bad_image_is_named_by_its_index_and_refuses_the_whole_request(tmp_path):
@@ -174,18 +201,50 @@ def test_a_bad_image_is_named_by_its_index_and_refuses_the_whole_request(tmp_pat
     with_bench(tmp_path, scenario)
 
 
-def test_retry_after_follows_the_measured_rate(tmp_path, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr("app.engine.time.monotonic", lambda: now[0])
-    rate = DrainRate()
-    for _ in range(300):  # 100 images a second for 30 s
-        now[0] += 0.1
-        rate.add(10)
-    assert rate.per_second() == pytest.approx(100, rel=0.05)
-    admission = Admission(1000, 1000, Metrics())
-    admission.rate = rate
-    admission.images = 350
-    assert admission.retry_after_s() == 4
-    for silence_s in (60, 3600, 1e6):
-        now[0] += silence_s
-        assert admission.retry_after_s() in (1, 30), "nothing drains any more"
+def test_pixels_are_bounded_by_the_header_before_anything_is_decoded(tmp_path, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr("app.engine.decode", lambda *_, **__: gate.wait(10))
+    large = encode(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+
+    async def scenario(bench):
+        alone = asyncio.create_task(bench.classify(large))
+        while not bench.admission.pixels:
+            await asyncio.sleep(0.005)
+        assert bench.admission.pixels == 400 * 300
+        with pytest.raises(QueueFullError, match="120,000 pixels wait to be decoded, 200,000 may"):
+            await bench.classify(large)
+        alone.cancel()
+        gate.set()
+        while bench.admission.images:
+            await asyncio.sleep(0.005)
+
+    with_bench(tmp_path, scenario, pixels=200_000)
+
+
+def test_a_model_with_a_limit_of_its_own_leaves_room_for_others(tmp_path):
+    async def scenario(bench):
+        stuck = await bench.occupy()
+        with pytest.raises(QueueFullError, match="Model 'colours' is full: 1 of its images are inside, 2 may be"):
+            await bench.classify(plain_image("red"), plain_image("red"))
+        bench.session.gate.set()
+        await stuck
+
+    with_bench(tmp_path, scenario, model_images={"colours": 2})
+
+
+def test_the_urgent_go_first(tmp_path):
+    async def scenario(bench):
+        async def ask(urgency: int) -> int:
+            with bench.engine.admit(bench.model, time.monotonic() + 10, urgency) as ticket:
+                await bench.engine.classify(bench.model, [plain_image("red")] * 4, ticket)
+            return urgency
+
+        stuck = await bench.occupy()
+        waiting = [asyncio.create_task(ask(urgency)) for urgency in (3, 7, 0)]
+        while bench.model.batcher._line.rows < 12:
+            await asyncio.sleep(0.005)
+        bench.session.gate.set()
+        assert [await task for task in asyncio.as_completed(waiting)] == [0, 3, 7]
+        await stuck
+
+    with_bench(tmp_path, scenario, images=100)

@@ -40,3 +40,23 @@ def test_a_wrong_flag_is_named_as_a_flag():
 def test_every_setting_says_what_it_is_for():
     for name, field in Settings.model_fields.items():
         assert field.description and field.description.endswith("."), name
+
+
+def test_limits_of_models():
+    settings = Settings(model_limits="imagenet=64, pets=2")
+    assert settings.limits_of_models(["imagenet", "pets", "other"]) == {"imagenet": 64, "pets": 2}
+    assert Settings().limits_of_models([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("cats=3", "names 'cats', which is no model here; there are: pets"),
+        ("pets", "has 'pets': write name=number"),
+        ("pets=0", "has 'pets=0'"),
+        ("pets=-1", "has 'pets=-1'"),
+    ],
+)
+def test_impossible_limits_of_models(text, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        Settings(model_limits=text).limits_of_models(["pets"])

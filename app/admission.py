@@ -1,0 +1,323 @@
+"""Admission: how much may be inside, who is turned away at the door, and how long a request may stay.
+
+Images, bytes and pixels are bounded for the service; images also for each model. What a model can do is measured, so
+that who cannot be served in time is told at once. A `Ticket` is a request's stay: what it holds, its deadline, and
+whether anybody still waits for it. Used on the event loop only; knows nothing of HTTP, decoding or sessions.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from app.batcher import DEFAULT_URGENCY
+from app.errors import AbandonedError, DeadlineError, QueueFullError
+from app.metrics import Metrics, ModelMetrics
+
+Clock = Callable[[], float]
+
+BURST_S = 0.25
+"""How long a model may be above its queue target before anybody is turned away for that."""
+RATE_WINDOW_S = 2.0
+RATE_STEP_S = 0.05
+MAX_RETRY_AFTER_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may be inside at once.
+
+    Attributes:
+        images, bytes, pixels: for the service: images admitted, bytes of bodies, pixels waiting to be decoded.
+        model_images: images of one model, for the models that have a limit of their own.
+        queue_target_s: waiting time that a new request may find under lasting overload; 0: no such rule.
+    """
+
+    images: int
+    bytes: int
+    pixels: int
+    model_images: Mapping[str, int]
+    queue_target_s: float
+
+
+class DrainRate:
+    """Images finished per second *while there was work*: what a model can do here, not what it is asked for.
+
+    Weighted towards the last two busy seconds.
+    """
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self.per_second = 0.0
+        """0 until something was measured."""
+        self._clock = clock
+        self._finished = 0
+        self._busy_s = 0.0
+        self._busy_since = 0.0
+
+    def begin(self) -> None:
+        """Count time from now: there is work."""
+        self._busy_since = self._clock()
+
+    def finish(self, images: int) -> None:
+        """Count the time since then, and images that were just finished."""
+        now = self._clock()
+        self._busy_s += now - self._busy_since
+        self._busy_since = now
+        self._finished += images
+        if self._busy_s >= RATE_STEP_S and self._finished:
+            measured = self._finished / self._busy_s
+            weight = 1 - math.exp(-self._busy_s / RATE_WINDOW_S) if self.per_second else 1.0
+            self.per_second += weight * (measured - self.per_second)
+            self._finished, self._busy_s = 0, 0.0
+
+
+class Lane:
+    """One model's part of the admission: its images, how fast they drain, and whether it is overloaded."""
+
+    def __init__(self, metrics: ModelMetrics, max_images: int, target_s: float, clock: Clock = time.monotonic) -> None:
+        self.metrics = metrics
+        self.images = 0
+        self.max_images = max_images
+        self.rate = DrainRate(clock)
+        self._target_s = target_s
+        self._clock = clock
+        self._above_since: float | None = None
+        self._refused_at = -math.inf
+
+    def wait_s(self) -> float:
+        """Return how long what is inside takes at the measured rate, seconds; 0 before anything was measured."""
+        return self.images / self.rate.per_second if self.rate.per_second else 0.0
+
+    def knock(self, parallel: int, deadline: float, urgency: int) -> None:
+        """Turn a new request away if it could not be served in time, or if the model has been overloaded for a while.
+
+        Args:
+            parallel: sessions of the model; twice as many images are always let in, to keep the sessions busy.
+            deadline: clock time after which the answer is worthless, seconds.
+            urgency: those above the default are not asked to wait for others: only their deadline counts.
+
+        Raises:
+            QueueFullError: come back later.
+        """
+        if self.images < 2 * parallel:
+            return
+        now, wait_s = self._clock(), self.wait_s()
+        if now + wait_s > deadline:
+            raise self.refusal(
+                f"The deadline cannot be met: {self.images} images are ahead, which take {wait_s:.1f} s.", "too_late"
+            )
+        if self._is_overloaded(now, wait_s) and urgency >= DEFAULT_URGENCY:
+            self._refused_at = now
+            raise self.refusal(
+                f"The service is overloaded: {self.images} images are ahead, which take {wait_s:.1f} s.", "overloaded"
+            )
+
+    def _is_overloaded(self, now: float, wait_s: float) -> bool:
+        """Tell a standing queue from a burst.
+
+        A burst may go above the target; a queue that stays above it, or comes back to it while others are still being
+        turned away, may not.
+        """
+        if not self._target_s or wait_s <= self._target_s:
+            self._above_since = None
+            return False
+        if self._above_since is None:
+            self._above_since = now
+        return now - self._above_since >= BURST_S or now - self._refused_at < BURST_S
+
+    def hold(self, images: int) -> None:
+        """Count images that came in."""
+        if not self.images:
+            self.rate.begin()
+        self.images += images
+
+    def let_go(self, images: int, finished: int = 0) -> None:
+        """Count images that left, `finished` of them with an answer."""
+        self.images -= images
+        self.rate.finish(finished)
+
+    def refusal(self, sentence: str, code: str | None = None) -> QueueFullError:
+        """Return the error for a request that is turned away; it says when to come back, 1 to 30 seconds."""
+        seconds = min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.wait_s())))
+        return QueueFullError(sentence, code=code, retry_after_s=seconds)
+
+
+class Admission:
+    """The bounded resources of the service, and a lane for every model."""
+
+    def __init__(self, limits: Limits, metrics: Metrics, clock: Clock = time.monotonic) -> None:
+        self.limits = limits
+        self.images = 0
+        self.bytes = 0
+        self.pixels = 0
+        self._clock = clock
+        self._lanes: dict[str, Lane] = {}
+        metrics.inflight_images.set_function(lambda: self.images)
+        metrics.inflight_bytes.set_function(lambda: self.bytes)
+        metrics.inflight_pixels.set_function(lambda: self.pixels)
+
+    def lane(self, metrics: ModelMetrics) -> Lane:
+        """Return the lane of the model that `metrics` belongs to."""
+        lane = self._lanes.get(metrics.model)
+        if lane is None or lane.metrics is not metrics:
+            limit = self.limits.model_images.get(metrics.model, self.limits.images)
+            lane = Lane(metrics, min(limit, self.limits.images), self.limits.queue_target_s, self._clock)
+            self._lanes[metrics.model] = lane
+        return lane
+
+
+class Ticket:
+    """One request's stay: what it holds, and until when it may hold it. Used in a `with` block, in the request's task.
+
+    When the deadline passes, or `abandon` is called, whatever the task awaits is cancelled, and the block ends with
+    DeadlineError or AbandonedError; the drop is counted under the stage that the request was in. What it held is given
+    back in every case.
+
+    Attributes:
+        deadline: `time.monotonic()` after which the answer is worthless, seconds.
+        urgency: 0 (first) to 7 (last).
+        stage: body, decode, queue or infer.
+    """
+
+    __slots__ = (
+        "_admission",
+        "_cancelling",
+        "_lane",
+        "_reason",
+        "_task",
+        "_timer",
+        "bytes",
+        "deadline",
+        "images",
+        "pixels",
+        "stage",
+        "urgency",
+    )
+
+    def __init__(self, admission: Admission, lane: Lane, deadline: float, urgency: int) -> None:
+        self._admission = admission
+        self._lane = lane
+        self._reason = ""
+        self.deadline = deadline
+        self.urgency = urgency
+        self.stage = "body"
+        self.images = 0
+        self.bytes = 0
+        self.pixels = 0
+
+    def expect_bytes(self, count: int) -> None:
+        """Check that `count` more bytes of body would fit now, without holding them: announced is not sent.
+
+        Raises:
+            QueueFullError: they do not fit.
+        """
+        admission = self._admission
+        if admission.bytes + count > admission.limits.bytes:
+            raise self._lane.refusal("The service is full: it holds as many bytes of images as it may.")
+
+    def hold_bytes(self, count: int) -> None:
+        """Hold `count` more bytes of body.
+
+        Raises:
+            QueueFullError: they do not fit.
+        """
+        self.expect_bytes(count)
+        self._admission.bytes += count
+        self.bytes += count
+
+    def hold_images(self, count: int) -> None:
+        """Hold `count` images.
+
+        Raises:
+            QueueFullError: they do not fit into the service, or into what their model may hold of it.
+        """
+        admission, lane = self._admission, self._lane
+        if admission.images + count > admission.limits.images:
+            raise lane.refusal(
+                f"The service is full: {admission.images} images are inside, {admission.limits.images} may be."
+            )
+        if lane.images + count > lane.max_images:
+            raise lane.refusal(
+                f"Model '{lane.metrics.model}' is full: {lane.images} of its images are inside, "
+                f"{lane.max_images} may be."
+            )
+        admission.images += count
+        lane.hold(count)
+        self.images += count
+
+    def hold_pixels(self, count: int) -> None:
+        """Hold `count` pixels that are about to be decoded; whoever comes when none are held may bring any number.
+
+        Raises:
+            QueueFullError: they do not fit.
+        """
+        admission = self._admission
+        if admission.pixels and admission.pixels + count > admission.limits.pixels:
+            raise self._lane.refusal(
+                f"The service is full: {admission.pixels:,} pixels wait to be decoded, {admission.limits.pixels:,} may."
+            )
+        admission.pixels += count
+        self.pixels += count
+
+    def give_back_pixels(self) -> None:
+        """Let go of all pixels: they are decoded."""
+        self._admission.pixels -= self.pixels
+        self.pixels = 0
+
+    def lend_image(self) -> Callable[[], None]:
+        """Hold one more image beyond the ticket's own end; returns what gives it back, to be called on the loop."""
+        admission, lane = self._admission, self._lane
+        admission.images += 1
+        lane.hold(1)
+
+        def give_back() -> None:
+            admission.images -= 1
+            lane.let_go(1)
+
+        return give_back
+
+    def abandon(self) -> None:
+        """End the stay: nobody waits for the answer any more."""
+        self._end("disconnected")
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None, "a ticket belongs to a task"
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._timer = asyncio.get_running_loop().call_later(self.deadline - time.monotonic(), self._end, "deadline")
+        self._lane.metrics.inflight_requests.inc()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._timer.cancel()
+        admission, lane = self._admission, self._lane
+        admission.bytes -= self.bytes
+        admission.pixels -= self.pixels
+        lane.metrics.inflight_requests.dec()
+        if self.images:
+            admission.images -= self.images
+            lane.let_go(self.images, self.images if kind is None else 0)
+        if kind is None:
+            return
+        if issubclass(kind, asyncio.CancelledError):
+            lane.metrics.dropped(self.stage, self._reason or "draining")
+            if self._reason and self._task.uncancel() <= self._cancelling:  # the cancellation was ours, and ends here
+                raise self._failure() from None
+        elif issubclass(kind, AbandonedError):
+            lane.metrics.dropped(self.stage, "disconnected")
+
+    def _end(self, reason: str) -> None:
+        if not self._reason:
+            self._reason = reason
+            self._task.cancel()
+
+    def _failure(self) -> Exception | type[Exception]:
+        if self._reason == "disconnected":
+            return AbandonedError
+        if self.stage == "body":
+            return DeadlineError("The deadline passed before the whole body had arrived.")
+        return DeadlineError(f"The deadline passed in the stage '{self.stage}'.")
