@@ -31,6 +31,7 @@ FLOORS = {
     "app.scores": 1,
     "app.settings": 1,
     "app.cpus": 0,
+    "app.jpeg": 0,
     "app.logs": 0,
     "app.errors": 0,
     "app": 0,

@@ -65,12 +65,13 @@ STORED = {
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_the_picture_upright(orientation):
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_exif_orientation_turns_the_picture_upright(orientation, kind, options):
     upright = smooth_image((90, 60))
     stored = upright.transpose(STORED[orientation]) if orientation in STORED else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = file_of(stored, "PNG", exif=exif)
+    data = file_of(stored, kind, exif=exif, **options)
     expected = decode(file_of(upright), SQUARE)
     assert np.array_equal(decode(data, SQUARE), expected)
     ignoring = SQUARE.model_copy(update={"exif": "ignore"})
