@@ -71,11 +71,29 @@ class Admission:
     def __init__(self, max_images: int, max_bytes: int, metrics: Metrics) -> None:
         self.max_images = max_images
         self.max_bytes = max_bytes
-        self.images = 0
-        self.bytes = 0
+        self._images, self._shown_images = 0, metrics.inflight_images
+        self._bytes, self._shown_bytes = 0, metrics.inflight_bytes
         self.rate = DrainRate()
-        metrics.inflight_images.set_function(lambda: self.images)
-        metrics.inflight_bytes.set_function(lambda: self.bytes)
+
+    @property
+    def images(self) -> int:
+        """Images inside."""
+        return self._images
+
+    @images.setter
+    def images(self, count: int) -> None:
+        self._images = count
+        self._shown_images.set(count)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of request bodies inside."""
+        return self._bytes
+
+    @bytes.setter
+    def bytes(self, count: int) -> None:
+        self._bytes = count
+        self._shown_bytes.set(count)
 
     def give_back(self, images: int) -> None:
         """Let go of images that were held without a ticket."""

@@ -26,6 +26,7 @@ FLOORS = {
     "app.images": 2,
     "app.manifest": 1,
     "app.metrics": 1,
+    "app.pages": 0,
     "app.runtime": 1,
     "app.scores": 1,
     "app.settings": 1,
