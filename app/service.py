@@ -266,10 +266,10 @@ class SharingServer(Server):
         loop.add_reader(self._lifeline, self._supervisor_is_gone)
 
     async def on_tick(self, counter: int) -> bool:
-        """Tell whether to stop; while not ready, keep no connection: the next request may find a worker that is."""
+        """Tell whether to stop; while loading, keep no connection: the next request may find a worker that is ready."""
         stop = await super().on_tick(counter)
         headers = [header for header in self.server_state.default_headers if header != _CLOSE]
-        if self.service.page.state is not WriterState.READY:
+        if self.service.page.state is WriterState.LOADING:
             headers.append(_CLOSE)
         self.server_state.default_headers = headers
         return stop
