@@ -155,9 +155,22 @@ class Admission:
         self.pixels = 0
         self._clock = clock
         self._lanes: dict[str, Lane] = {}
-        metrics.inflight_images.set_function(lambda: self.images)
-        metrics.inflight_bytes.set_function(lambda: self.bytes)
-        metrics.inflight_pixels.set_function(lambda: self.pixels)
+        self._metrics = metrics
+
+    def add_images(self, count: int) -> None:
+        """Count images that come in, or leave (negative)."""
+        self.images += count
+        self._metrics.inflight_images.set(self.images)
+
+    def add_bytes(self, count: int) -> None:
+        """Count bytes of bodies that come in, or leave (negative)."""
+        self.bytes += count
+        self._metrics.inflight_bytes.set(self.bytes)
+
+    def add_pixels(self, count: int) -> None:
+        """Count pixels that begin to wait for their decoding, or are decoded (negative)."""
+        self.pixels += count
+        self._metrics.inflight_pixels.set(self.pixels)
 
     def lane(self, metrics: ModelMetrics) -> Lane:
         """Return the lane of the model that `metrics` belongs to."""
@@ -225,7 +238,7 @@ class Ticket:
             QueueFullError: they do not fit.
         """
         self.expect_bytes(count)
-        self._admission.bytes += count
+        self._admission.add_bytes(count)
         self.bytes += count
 
     def hold_images(self, count: int) -> None:
@@ -244,7 +257,7 @@ class Ticket:
                 f"Model '{lane.metrics.model}' is full: {lane.images} of its images are inside, "
                 f"{lane.max_images} may be."
             )
-        admission.images += count
+        admission.add_images(count)
         lane.hold(count)
         self.images += count
 
@@ -259,22 +272,22 @@ class Ticket:
             raise self._lane.refusal(
                 f"The service is full: {admission.pixels:,} pixels wait to be decoded, {admission.limits.pixels:,} may."
             )
-        admission.pixels += count
+        admission.add_pixels(count)
         self.pixels += count
 
     def give_back_pixels(self) -> None:
         """Let go of all pixels: they are decoded."""
-        self._admission.pixels -= self.pixels
+        self._admission.add_pixels(-self.pixels)
         self.pixels = 0
 
     def lend_image(self) -> Callable[[], None]:
         """Hold one more image beyond the ticket's own end; returns what gives it back, to be called on the loop."""
         admission, lane = self._admission, self._lane
-        admission.images += 1
+        admission.add_images(1)
         lane.hold(1)
 
         def give_back() -> None:
-            admission.images -= 1
+            admission.add_images(-1)
             lane.let_go(1)
 
         return give_back
@@ -295,11 +308,13 @@ class Ticket:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._timer.cancel()
         admission, lane = self._admission, self._lane
-        admission.bytes -= self.bytes
-        admission.pixels -= self.pixels
-        lane.metrics.inflight_requests.dec()
+        lane.metrics.inflight_requests.inc(-1)
+        if self.bytes:
+            admission.add_bytes(-self.bytes)
+        if self.pixels:
+            admission.add_pixels(-self.pixels)
         if self.images:
-            admission.images -= self.images
+            admission.add_images(-self.images)
             lane.let_go(self.images, self.images if kind is None else 0)
         if kind is None:
             return

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.errors import ConvoyError, InferenceError, UnavailableError
-from app.metrics import ModelMetrics
+from app.metrics import ModelMetrics, Number
 from app.sessions import Session
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,14 @@ class Line:
     The only thing that both sides touch.
     """
 
-    def __init__(self, max_batch: int, linger_s: float, takers: int = 1, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_batch: int,
+        linger_s: float,
+        takers: int = 1,
+        clock: Clock = time.monotonic,
+        shown: Number | None = None,
+    ) -> None:
         self._max_batch = max_batch
         self._takers = takers
         self._linger_s = linger_s
@@ -138,9 +145,21 @@ class Line:
         self._queues: list[OrderedDict[Job, None]] = [OrderedDict() for _ in range(LAST_URGENCY + 1)]
         self._changed = threading.Condition()
         self.closed = False
-        self.rows = 0
+        self._rows = 0
+        self._shown = shown
         self.row_s = 0.0
         """What a row costs to run, seconds, as last measured; the sessions write it."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that wait; whoever changes it holds the lock, which makes the gauge's writers one at a time."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        self._rows = rows
+        if self._shown is not None:
+            self._shown.set(rows)
 
     def extend(self, jobs: Sequence[Job]) -> None:
         """Put jobs at the end.
@@ -254,12 +273,11 @@ class Batcher:
     ) -> None:
         self.parallel = len(sessions)
         """How many batches run at the same time."""
-        self._line = Line(max_batch, linger_s, len(sessions), clock)
+        self._line = Line(max_batch, linger_s, len(sessions), clock, metrics.queue_rows)
         self._arrived: list[Job] = []
         self._loop = loop
         self._metrics = metrics
         self._clock = clock
-        metrics.watch_queue(lambda: self._line.rows)
         self._threads = [
             threading.Thread(
                 target=self._serve_loop, args=(session, number), name=f"{metrics.model}-session-{number}", daemon=True
@@ -324,15 +342,15 @@ class Batcher:
             _run(session, batch)
             batch.infer_s = self._clock() - started
             self._line.row_s = batch.infer_s / batch.rows
-            busy.inc(batch.infer_s)
-            self._metrics.batch_size.observe(batch.rows)
             try:
-                self._loop.call_soon_threadsafe(self._deliver, batch)
+                self._loop.call_soon_threadsafe(self._deliver, batch, busy)
             except RuntimeError:  # the loop is closed: nobody waits for an answer any more
                 return
 
-    def _deliver(self, batch: Batch) -> None:
-        """Give every job of a batch its rows; runs on the event loop."""
+    def _deliver(self, batch: Batch, busy: Number) -> None:
+        """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""
+        busy.inc(batch.infer_s)
+        self._metrics.batch_size.observe(batch.rows)
         for part in batch.slices:
             job = part.job
             if job.returned == 0:

@@ -19,7 +19,7 @@ from app.settings import Settings, flag_of, variable_of
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 PREDICT_SETTINGS = ("models", "device", "default_model", "max_image_pixels")
-HEALTH_SETTINGS = ("host", "port")
+HEALTH_SETTINGS = ("host", "port", "probe_port")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,11 +94,11 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _serve(options: argparse.Namespace) -> NoReturn:
-    from app import logs, service
+    from app import logs, workers
 
     settings = _settings(options)
     logs.configure(settings.log_format, settings.log_level)
-    service.serve(settings)
+    workers.serve(settings)
     # All is answered and said. A decode or a load that is stuck in native code would hold up the interpreter's own end,
     # or make it abort: neither may turn a clean drain into a crash.
     logging.shutdown()
@@ -122,7 +122,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _health(options: argparse.Namespace) -> int:
     settings = _settings(options)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/readyz"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.probe_port or settings.port}/readyz"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a container's HTTP_PROXY is not for this
     try:
         answer = _answer_of(direct, url)

@@ -12,12 +12,18 @@ from typing import Any
 _PLAIN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
-def configure(log_format: str, level: str) -> None:
-    """Send every log line to standard error in the given format: auto, json or text."""
+def configure(log_format: str, level: str, **common: object) -> None:
+    """Send every log line to standard error in the given format (auto, json or text), with `common` fields in each."""
     if log_format == "auto":
         log_format = "text" if sys.stderr.isatty() else "json"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+
+    def add_common(record: logging.LogRecord) -> bool:
+        vars(record).update(common)
+        return True
+
+    handler.addFilter(add_common)
     logging.captureWarnings(True)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # uvicorn's own story (started, waiting, finished) repeats ours.

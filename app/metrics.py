@@ -1,23 +1,22 @@
 """Every number that the service shows, declared once.
 
-Series are named in docs/metrics.md. Owns a registry of its own, so that two services in one process (tests) do not
-mix. On the hot path use `ModelMetrics`, whose children are resolved once per model.
+Series are named in docs/metrics.md. A number is a slot in this process's page (`app/pages.py`): counting is one
+addition in memory, and whoever has the pages shows the sum over all processes. On the hot path use `ModelMetrics`,
+whose children are resolved once per model.
 """
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from math import inf, isnan
+from typing import Generic, Self, TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    GCCollector,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from app.pages import NO_VALUE, Page, private_page
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_1_0_0
 
@@ -31,81 +30,243 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STAGES = ("decode", "queue", "infer", "post")
 
 
+class Number:
+    """One counter or gauge. One writer at a time: the event loop, or whoever holds the lock that guards it."""
+
+    __slots__ = ("_at", "_slots")
+
+    def __init__(self, page: Page, at: int) -> None:
+        self._slots, self._at = page.slots, at
+
+    def inc(self, amount: float = 1.0) -> None:
+        """Add to it."""
+        self._slots[self._at] += amount
+
+    def set(self, value: float) -> None:
+        """Replace it (gauges only)."""
+        self._slots[self._at] = value
+
+    def get(self) -> float:
+        """Return what this process has counted, and its page's writers before it."""
+        return self._slots[self._at]
+
+    def track_inprogress(self) -> Self:
+        """Return what counts one more for as long as a `with` block runs."""
+        return self
+
+    def __enter__(self) -> Self:
+        self._slots[self._at] += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._slots[self._at] -= 1
+
+
+class Distribution:
+    """One histogram: a slot for each bucket, not cumulated, one for what is above them all, and one for the sum."""
+
+    __slots__ = ("_bounds", "_first", "_slots", "_sum")
+
+    def __init__(self, page: Page, first: int, bounds: Sequence[float]) -> None:
+        self._slots, self._first, self._bounds = page.slots, first, bounds
+        self._sum = first + len(bounds) + 1
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        slots = self._slots
+        slots[self._first + bisect_left(self._bounds, value)] += 1
+        slots[self._sum] += value
+
+
+Child = TypeVar("Child", Number, Distribution)
+
+
+class Family(Generic[Child]):
+    """All series of one name: a child for each set of label values."""
+
+    kind = ""
+    width = 1
+
+    def __init__(self, page: Page, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
+        self.name, self.help_text, self.label_names = name, help_text, tuple(labels)
+        self._page = page
+        self._children: dict[tuple[object, ...], Child] = {}
+
+    def labels(self, *values: object) -> Child:
+        """Return the child with these label values, in the order of the declaration; it is shown from now on."""
+        child = self._children.get(values)
+        if child is None:
+            assert len(values) == len(self.label_names), f"{self.name} has the labels {self.label_names}"
+            child = self._children[values] = self._make(tuple(map(str, values)))
+        return child
+
+    def _make(self, values: tuple[str, ...]) -> Child:
+        raise NotImplementedError
+
+    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
+        """Return the family as Prometheus sees it, from each child's slots."""
+        raise NotImplementedError
+
+
+class Counter(Family[Number]):
+    """Numbers that only grow."""
+
+    kind = "counter"
+
+    def _make(self, values: tuple[str, ...]) -> Number:
+        return Number(self._page, self._page.place(self.name, values, 1))
+
+    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
+        """See `Family.expose`."""
+        family = CounterMetricFamily(self.name.removesuffix("_total"), self.help_text, labels=self.label_names)
+        for values, (total,) in totals.items():
+            family.add_metric(values, total)
+        return family
+
+
+class Gauge(Family[Number]):
+    """Numbers that rise and fall, and are gone with the process that set them."""
+
+    kind = "gauge"
+
+    def _make(self, values: tuple[str, ...]) -> Number:
+        number = Number(self._page, self._page.place(self.name, values, 1, gauge=True))
+        number.set(0)
+        return number
+
+    def remove(self, *values: object) -> None:
+        """Show the child with these label values no longer."""
+        self.labels(*values).set(NO_VALUE)
+        del self._children[values]
+
+    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
+        """See `Family.expose`."""
+        family = GaugeMetricFamily(self.name, self.help_text, labels=self.label_names)
+        for values, (total,) in totals.items():
+            # Of a state that several processes are in there is still one.
+            family.add_metric(values, min(total, 1) if self.name.endswith("_info") else total)
+        return family
+
+
+class Histogram(Family[Distribution]):
+    """Numbers of values by size."""
+
+    kind = "histogram"
+
+    def __init__(
+        self, page: Page, name: str, help_text: str, labels: Sequence[str] = (), *, buckets: Sequence[float]
+    ) -> None:
+        super().__init__(page, name, help_text, labels)
+        self._bounds = tuple(map(float, buckets))
+        self.width = len(buckets) + 2
+
+    def _make(self, values: tuple[str, ...]) -> Distribution:
+        return Distribution(self._page, self._page.place(self.name, values, self.width), self._bounds)
+
+    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
+        """See `Family.expose`."""
+        family = HistogramMetricFamily(self.name, self.help_text, labels=self.label_names)
+        names = [floatToGoString(bound) for bound in (*self._bounds, inf)]  # type: ignore[no-untyped-call]
+        for values, total in totals.items():
+            count, buckets = 0.0, []
+            for name, in_bucket in zip(names, total, strict=False):
+                count += in_bucket
+                buckets.append((name, count))
+            family.add_metric(values, buckets, sum_value=total[-1])
+        return family
+
+
 class Metrics:
     """The service's series; label sets are bounded by the models and routes that exist."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every one, that nobody reads
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-        self.requests = Counter(
-            "convoy_requests_total",
-            "Requests answered.",
-            ["model", "version", "route", "code"],
-            registry=self.registry,
+    def __init__(self, page: Page | None = None, pages: Sequence[Page] | None = None) -> None:
+        """Declare every series.
+
+        Args:
+            page: where this process counts; None: a page of its own.
+            pages: what `render` sums up; None: that page alone.
+        """
+        self.page = page or private_page()
+        self.pages = pages or [self.page]
+        self.families: dict[str, Family[Number] | Family[Distribution]] = {}
+        self.requests = self._counter(
+            "convoy_requests_total", "Requests answered.", "model", "version", "route", "code"
         )
-        self.images = Counter("convoy_images_total", "Images classified.", ["model", "version"], registry=self.registry)
-        self.request_duration = Histogram(
+        self.images = self._counter("convoy_images_total", "Images classified.", "model", "version")
+        self.request_duration = self._histogram(
             "convoy_request_duration_seconds",
             "From a request's headers to the end of its answer.",
-            ["model", "route"],
+            "model",
+            "route",
             buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
         )
-        self.stage_duration = Histogram(
+        self.stage_duration = self._histogram(
             "convoy_stage_duration_seconds",
             "Time of a request in one stage: decode, queue, infer, post.",
-            ["model", "stage"],
+            "model",
+            "stage",
             buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
         )
-        self.batch_size = Histogram(
-            "convoy_batch_size", "Images per session run.", ["model"], buckets=BATCH_BUCKETS, registry=self.registry
+        self.batch_size = self._histogram(
+            "convoy_batch_size", "Images per session run.", "model", buckets=BATCH_BUCKETS
         )
-        self.queue_rows = Gauge(
-            "convoy_queue_rows", "Decoded images that wait for a session.", ["model"], registry=self.registry
-        )
-        self.inflight_requests = Gauge(
-            "convoy_inflight_requests", "Requests being worked on.", ["model"], registry=self.registry
-        )
-        self.inflight_images = Gauge(
-            "convoy_inflight_images", "Images admitted and unanswered.", registry=self.registry
-        )
-        self.inflight_bytes = Gauge("convoy_inflight_bytes", "Bytes of request bodies held.", registry=self.registry)
-        self.inflight_pixels = Gauge(
-            "convoy_inflight_pixels", "Pixels that wait to be decoded.", registry=self.registry
-        )
-        self.rejected = Counter(
-            "convoy_rejected_total", "Requests refused, by reason.", ["model", "reason"], registry=self.registry
-        )
-        self.dropped = Counter(
+        self.queue_rows = self._gauge("convoy_queue_rows", "Decoded images that wait for a session.", "model")
+        self.inflight_requests = self._gauge("convoy_inflight_requests", "Requests being worked on.", "model")
+        self.inflight_images = self._gauge("convoy_inflight_images", "Images admitted and unanswered.").labels()
+        self.inflight_bytes = self._gauge("convoy_inflight_bytes", "Bytes of request bodies held.").labels()
+        self.inflight_pixels = self._gauge("convoy_inflight_pixels", "Pixels that wait to be decoded.").labels()
+        self.rejected = self._counter("convoy_rejected_total", "Requests refused, by reason.", "model", "reason")
+        self.dropped = self._counter(
             "convoy_dropped_total",
             "Requests given up after they were admitted: deadline passed or client gone.",
-            ["model", "stage", "reason"],
-            registry=self.registry,
+            "model",
+            "stage",
+            "reason",
         )
-        self.model_info = Gauge(
+        self.model_info = self._gauge(
             "convoy_model_info",
             "1 for the state that a model is in.",
-            ["model", "version", "digest", "provider", "state"],
-            registry=self.registry,
+            "model",
+            "version",
+            "digest",
+            "provider",
+            "state",
         )
-        self.session_busy = Counter(
-            "convoy_session_busy_seconds_total",
-            "Time that a session spent running.",
-            ["model", "device", "session"],
-            registry=self.registry,
+        self.session_busy = self._counter(
+            "convoy_session_busy_seconds_total", "Time that a session spent running.", "model", "device", "session"
         )
+        self.registry = CollectorRegistry()
+        if len(self.pages) == 1:
+            ProcessCollector(registry=self.registry)
+            PlatformCollector(registry=self.registry)
+            GCCollector(registry=self.registry)
+        else:
+            PlatformCollector(registry=self.registry)
+            self.registry.register(_Processes(self.pages))
+        self.registry.register(_Totals(self.families, self.pages))
 
     def for_model(self, model: str, version: str) -> "ModelMetrics":
         """Resolve the children of one model."""
         return ModelMetrics(self, model, version)
 
     def render(self) -> bytes:
-        """Return the Prometheus text exposition of every series."""
+        """Return the Prometheus text exposition of every series, summed over all pages."""
         return generate_latest(self.registry)
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        family = Counter(self.page, name, help_text, labels)
+        self.families[name] = family
+        return family
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        family = Gauge(self.page, name, help_text, labels)
+        self.families[name] = family
+        return family
+
+    def _histogram(self, name: str, help_text: str, *labels: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(self.page, name, help_text, labels, buckets=buckets)
+        self.families[name] = family
+        return family
 
 
 class ModelMetrics:
@@ -115,18 +276,79 @@ class ModelMetrics:
         self._metrics, self.model, self.version = metrics, model, version
         self.images = metrics.images.labels(model, version)
         self.batch_size = metrics.batch_size.labels(model)
+        self.queue_rows = metrics.queue_rows.labels(model)
         self.inflight_requests = metrics.inflight_requests.labels(model)
         stages = {stage: metrics.stage_duration.labels(model, stage) for stage in STAGES}
         self.decode, self.queue, self.infer, self.post = (stages[stage] for stage in STAGES)
 
-    def watch_queue(self, rows: Callable[[], float]) -> None:
-        """Read the queue's depth from `rows` at every scrape."""
-        self._metrics.queue_rows.labels(self.model).set_function(rows)
-
-    def busy(self, device: str, session: int) -> Counter:
+    def busy(self, device: str, session: int) -> Number:
         """Return the busy-time counter of one session."""
-        return self._metrics.session_busy.labels(self.model, device, str(session))
+        return self._metrics.session_busy.labels(self.model, device, session)
 
     def dropped(self, stage: str, reason: str) -> None:
         """Count one request given up in `stage`."""
         self._metrics.dropped.labels(self.model, stage, reason).inc()
+
+
+class _Totals(Collector):
+    """The declared families, summed over pages."""
+
+    def __init__(self, families: dict[str, Family[Number] | Family[Distribution]], pages: Sequence[Page]) -> None:
+        self._families, self._pages = families, pages
+
+    def collect(self) -> Iterator[Metric]:
+        totals: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in self._families}
+        for page in self._pages:
+            for name, labels, width, _, first in page.series():
+                family = self._families.get(name)
+                # A page may hold what another version of this program has left there.
+                if family is None or family.width != width or len(family.label_names) != len(labels):
+                    continue
+                values = [page.slots[at] for at in range(first, first + width)]
+                if isnan(values[0]):  # a gauge that is not shown
+                    continue
+                so_far = totals[name].get(labels)
+                totals[name][labels] = (
+                    values if so_far is None else [one + other for one, other in zip(so_far, values, strict=True)]
+                )
+        for name, family in self._families.items():
+            yield family.expose(totals[name])
+
+
+class _Processes(Collector):
+    """CPU, memory, descriptors and garbage collection of each process, with a label `worker`."""
+
+    def __init__(self, pages: Sequence[Page]) -> None:
+        self._collectors = [(page, _process_of(page)) for page in pages]
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for page, collector in self._collectors:
+            if not page.pid:
+                continue
+            for metric in (*collector.collect(), *_garbage(page)):
+                family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    family.add_sample(sample.name, {**sample.labels, "worker": str(page.number)}, sample.value)
+        yield from families.values()
+
+
+def _process_of(page: Page) -> ProcessCollector:
+    return ProcessCollector(pid=lambda: page.pid, registry=None)
+
+
+def _garbage(page: Page) -> Sequence[Metric]:
+    """Return what `GCCollector` returns, of the process that writes a page."""
+    families = [
+        CounterMetricFamily("python_gc_objects_collected", "Objects collected during gc", labels=["generation"]),
+        CounterMetricFamily(
+            "python_gc_objects_uncollectable", "Uncollectable objects found during GC", labels=["generation"]
+        ),
+        CounterMetricFamily(
+            "python_gc_collections", "Number of times this generation was collected", labels=["generation"]
+        ),
+    ]
+    for generation, values in enumerate(page.collections):
+        for family, value in zip(families, values, strict=True):
+            family.add_metric([str(generation)], value)
+    return families

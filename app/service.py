@@ -3,16 +3,19 @@
 import asyncio
 import gc
 import logging
+import signal
 import socket
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from app import runtime
+from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, url_of
 from app.admission import Admission, Limits
 from app.batcher import Batcher
 from app.cpus import usable_cpus
@@ -24,22 +27,33 @@ from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
 from app.manifest import Bundle
 from app.metrics import Metrics, ModelMetrics
-from app.repository import Repository, check_graph, warm_up
+from app.pages import Page, WriterState
+from app.probes import ProbePort, Probes
+from app.repository import Repository, State, check_graph, warm_up
 from app.sessions import OnnxSession, Session
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
 GARBAGE_THRESHOLD = 20_000
 """Allocations between two collections of the youngest garbage; Python's 700 are one request of a few images."""
+LAST_REQUEST_S = 0.5
+"""How long an idle connection may still bring a request when the process drains.
+
+Closed at once, it would cross with a request that its client is just sending, and nobody would answer that one.
+"""
+_CLOSE = (b"connection", b"close")
 
 
 class Service:
     """Everything that lives as long as the process: metrics, models, engine, and the application over them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         """Build everything; nothing runs yet.
+
+        Args:
+            settings: this process's settings.
+            metrics: where it counts, and its page; None: by itself.
 
         Raises:
             SettingsError: the models directory is missing or empty.
@@ -51,7 +65,10 @@ class Service:
         self.cpus = usable_cpus()
         self.draining = False
         self.fault: SettingsError | None = None
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
+        self.page = self.metrics.page
+        self.probes = Probes(self.metrics, self.show)
+        self._shown: object = None
         self.repository = Repository(
             settings.models,
             self.metrics,
@@ -79,7 +96,7 @@ class Service:
             engine=self.engine,
             repository=self.repository,
             metrics=self.metrics,
-            why_not_ready=self.why_not_ready,
+            probes=self.probes,
             limits=BodyLimits(
                 max_body_bytes=min(settings.max_body_bytes, settings.max_inflight_bytes),
                 max_images=min(settings.max_images_per_request, settings.max_inflight_images),
@@ -94,6 +111,24 @@ class Service:
         if self.draining:
             return "Draining: the service is about to stop."
         return self.repository.why_not_ready(self.settings.require_all_models)
+
+    def state(self) -> WriterState:
+        """Return where this process is between its start and its end."""
+        if self.draining:
+            return WriterState.DRAINING
+        if not self.why_not_ready():
+            return WriterState.READY
+        loading = any(entry.state is State.LOADING for entry in self.repository.entries.values())
+        return WriterState.LOADING if loading else WriterState.FAILED
+
+    def show(self) -> None:
+        """Show in the page that the event loop turns, and in which state models and process are."""
+        self.page.beat()
+        models = {entry.name: entry.state.value for entry in self.repository.entries.values()}
+        shown = self.state(), {"reason": self.why_not_ready(), "models": models}
+        if shown != self._shown:
+            self.page.tell(*shown)
+            self._shown = shown
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -145,62 +180,174 @@ class Service:
 class Server(uvicorn.Server):
     """uvicorn, except that a signal drains the service and ends the process with status 0, and a fault ends it too."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
+    def __init__(self, service: Service, probe_port: socket.socket | None = None) -> None:
+        settings = service.settings
+        super().__init__(
+            uvicorn.Config(
+                service.app,
+                http=Connection,
+                ws="none",
+                proxy_headers=False,
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=settings.keep_alive_s,
+                timeout_graceful_shutdown=settings.drain_timeout_s,
+                backlog=BACKLOG,
+            )
+        )
+        self.service = service
+        self._probe_port = ProbePort(service.probes, probe_port)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the service, and accept connections."""
+        self.service.show()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
+        await self._probe_port.__aenter__()
+        await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, whether to stop."""
-        return await super().on_tick(counter) or self._service.fault is not None
+        self.service.show()
+        return await super().on_tick(counter) or self.service.fault is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nothing more, answer what was accepted, and stop the service."""
+        self.service.show()
+        self._stop_accepting(sockets or [])
+        await self._last_requests()
+        await super().shutdown(sockets)
+        if self.force_exit:
+            # The lifespan is cut off as well, which uvicorn would tell at length.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await self._probe_port.__aexit__()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal; a second one cuts off what still runs."""
         # uvicorn would keep the signal and raise it again at the end, which kills the process it has just drained.
         if self.should_exit:
             self.force_exit = True
-        self._service.draining = True
+        self.service.draining = True
         self.should_exit = True
 
+    def hang_up(self) -> None:
+        """Say why SIGHUP does nothing here."""
+        log.warning("not reloaded: with one worker nobody would answer meanwhile; start with --workers 2 or more")
 
-def listen(settings: Settings) -> socket.socket:
-    """Bind the service's port.
+    def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets:
+            listener.close()
 
-    Raises:
-        SettingsError: address or port cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise SettingsError(
-            f"Cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
-            "set --port or CONVOY_PORT, --host or CONVOY_HOST."
-        ) from error
+    async def _last_requests(self) -> None:
+        """Answer one more request on each connection, and close it with the answer."""
+        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        loop = asyncio.get_running_loop()
+        until = loop.time() + LAST_REQUEST_S
+        while self._open_connections() and loop.time() < until and not self.force_exit:
+            await asyncio.sleep(0.01)
+
+    def _open_connections(self) -> int:
+        return len(self.server_state.connections)
+
+
+class SharingServer(Server):
+    """The server of one worker among several, on a listening socket that they share."""
+
+    def __init__(self, service: Service, listener: socket.socket, lifeline: int) -> None:
+        """Serve one worker's part.
+
+        Args:
+            service: this worker's own.
+            listener: the socket that all accept from.
+            lifeline: a pipe's end that is closed when the supervisor is gone.
+        """
+        super().__init__(service)
+        self._listener = listener
+        self._lifeline = lifeline
+        self._acceptor: Acceptor | None = None
+        connections: Any = Connections(service.page)
+        self.server_state.connections = connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the service, and accept connections in turn with the other workers."""
+        await super().startup(sockets=[])
+        protocol: Any = self.config.http_protocol_class
+        loop = asyncio.get_running_loop()
+        self._acceptor = Acceptor(
+            self._listener,
+            lambda: protocol(
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+            ),
+            self.service.page,
+            self.service.metrics.pages,
+        )
+        loop.add_reader(self._lifeline, self._supervisor_is_gone)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell whether to stop; while loading, keep no connection: the next request may find a worker that is ready."""
+        stop = await super().on_tick(counter)
+        headers = [header for header in self.server_state.default_headers if header != _CLOSE]
+        if self.service.page.state is WriterState.LOADING:
+            headers.append(_CLOSE)
+        self.server_state.default_headers = headers
+        return stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on SIGTERM, however often it comes: a service manager signals every process. SIGINT then cuts off."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.service.draining = True
+        self.should_exit = True
+
+    def hang_up(self) -> None:
+        """Leave SIGHUP to the supervisor."""
+
+    def _supervisor_is_gone(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._lifeline)
+        log.error("the supervisor is gone: draining")
+        self.handle_exit(signal.SIGTERM, None)
+
+    def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
+        if self._acceptor is not None:
+            self._acceptor.close()
+        self._listener.close()
+
+    def _open_connections(self) -> int:
+        return super()._open_connections() + (self._acceptor.greeting if self._acceptor else 0)
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal; blocks. Returns after what was accepted has been answered.
+    """Serve in this process until a signal; blocks. Returns after what was accepted has been answered.
 
     Raises:
         SettingsError: no models, no port, or no such device.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
     service = Service(settings)
-    with listen(settings) as listener:
-        host, port = listener.getsockname()[:2]
-        log.info("listening", extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
-        config = uvicorn.Config(
-            service.app,
-            http=Connection,
-            ws="none",
-            proxy_headers=False,
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            timeout_keep_alive=settings.keep_alive_s,
-            timeout_graceful_shutdown=settings.drain_timeout_s,
-            backlog=BACKLOG,
-        )
-        Server(config, service).run(sockets=[listener])
+    with listen(settings.host, settings.port) as listener, listen_for_probes(settings) or nullcontext() as probes:
+        log.info("listening", extra={"url": url_of(listener)})
+        Server(service, probes).run(sockets=[listener])
+    if service.fault is not None:
+        raise service.fault
+
+
+def share(settings: Settings, listener: socket.socket, page: Page, pages: Sequence[Page], lifeline: int) -> None:
+    """Serve as one of several workers until a signal, or until the supervisor is gone; blocks.
+
+    Args:
+        settings: the worker's own: its share of the service's.
+        listener: the listening socket, which all workers have.
+        page: the worker's page.
+        pages: the pages of all.
+        lifeline: a pipe's end that is closed when the supervisor is gone.
+
+    Raises:
+        SettingsError: no models, or no such device.
+        RuntimeMissingError: there is no usable ONNX Runtime.
+    """
+    service = Service(settings, Metrics(page, pages))
+    SharingServer(service, listener, lifeline).run(sockets=[])
     if service.fault is not None:
         raise service.fault

@@ -25,6 +25,18 @@ class Settings(BaseModel):
         default="127.0.0.1", description="Address to listen on. Containers set 0.0.0.0; a laptop stays private."
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    probe_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="A second port for /livez, /readyz and /metrics, answered also when the first is full; 0: none.",
+    )
+    workers: int = Field(
+        default=1,
+        ge=0,
+        le=64,
+        description="Processes that share the port, each with sessions of its own; 0: one per usable CPU.",
+    )
     models: Path = Field(default=Path("models"), description="Directory of bundles: <name>/<version>/model.json.")
     default_model: str = Field(
         default="", description="The model of POST /predict. Empty: imagenet, or the only model that is there."
@@ -33,7 +45,10 @@ class Settings(BaseModel):
         default="auto", description="cuda means CUDA or no start; auto takes CUDA where it works and says what it took."
     )
     sessions: int = Field(
-        default=0, ge=0, le=256, description="Sessions per model, each with a thread of its own; 0: one per usable CPU."
+        default=0,
+        ge=0,
+        le=256,
+        description="Sessions per model and worker, each with its thread; 0: the usable CPUs, shared out.",
     )
     threads_per_session: int = Field(
         default=1, ge=1, le=256, description="Threads inside a session. Many sessions of one beat one of many on CPU."
@@ -44,7 +59,9 @@ class Settings(BaseModel):
     linger_ms: float = Field(
         default=0.0, ge=0, le=1000, description="Wait this long for a batch to fill. 0: run what waits when free."
     )
-    decode_threads: int = Field(default=0, ge=0, le=256, description="Threads that decode; 0: one per usable CPU.")
+    decode_threads: int = Field(
+        default=0, ge=0, le=256, description="Threads that decode, per worker; 0: the usable CPUs, shared out."
+    )
     max_inflight_images: int = Field(
         default=256, ge=1, le=1_000_000, description="Images inside the service at once; beyond it requests get 429."
     )

@@ -35,11 +35,16 @@ class ConvoyProcess:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def wait_until_loaded(self) -> None:
-        """Wait until every model is ready or failed."""
+        """Wait until every model is ready or failed, in every worker."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while "loading" in self.client.get("/readyz").json()["models"].values():
+        while not self._loaded():
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.02)
+
+    def _loaded(self) -> bool:
+        answer = self.client.get("/readyz").json()
+        waiting = [reason for reason in answer.get("workers", {}).values() if reason.startswith(("Start", "Load"))]
+        return not waiting and "loading" not in answer["models"].values()
 
     def metrics(self) -> dict[str, float]:
         """Return every sample, keyed as in the text format: `name{label="value"}`."""

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 # Each room and the floor it is on: a module may import only from lower floors, or from its own package.
 FLOORS = {
-    "app.cli": 9,
+    "app.cli": 10,
+    "app.workers": 9,
     "app.service": 8,
     "app.terminal": 8,
     "app.http": 7,
@@ -23,10 +24,13 @@ FLOORS = {
     "app.repository": 5,
     "app.batcher": 4,
     "app.sessions": 3,
+    "app.accept": 2,
+    "app.probes": 2,
     "app.golden": 3,
     "app.images": 2,
     "app.manifest": 1,
     "app.metrics": 1,
+    "app.pages": 0,
     "app.runtime": 1,
     "app.scores": 1,
     "app.settings": 1,

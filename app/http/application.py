@@ -14,6 +14,7 @@ from app.http import errors, health, models, predict
 from app.http.bodies import BodyLimits
 from app.http.observe import Observe
 from app.metrics import Metrics
+from app.probes import Probes
 from app.repository import Repository
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -28,7 +29,7 @@ def create_app(
     engine: Engine,
     repository: Repository,
     metrics: Metrics,
-    why_not_ready: health.WhyNotReady,
+    probes: Probes,
     limits: BodyLimits,
     request_timeout_ms: int,
     access_log: bool,
@@ -43,7 +44,7 @@ def create_app(
     predictor = predict.Predictor(engine, limits, request_timeout_ms)
     app.include_router(predict.routes(predictor))
     app.include_router(models.routes(repository))
-    app.include_router(health.routes(repository, metrics, why_not_ready))
+    app.include_router(health.routes(probes))
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:

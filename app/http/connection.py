@@ -55,11 +55,13 @@ class Exchange:
             return
         lines = [STATUS_LINE[status]]
         for name, value in cycle.default_headers:
-            lines += (name, b": ", value, b"\r\n")
-        lines += (headers, b"content-length: %d\r\n" % len(body))
+            if name == b"connection":  # the service drains, and closes each connection with its answer
+                cycle.keep_alive = False
+            else:
+                lines += (name, b": ", value, b"\r\n")
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
-        lines += (b"\r\n", body)
+        lines += (headers, b"content-length: %d\r\n\r\n" % len(body), body)
         cycle.response_started = cycle.response_complete = True
         cycle.transport.write(b"".join(lines))
         cycle.message_event.set()

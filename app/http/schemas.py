@@ -80,3 +80,6 @@ class Ready(BaseModel):
     ready: bool
     reason: str = ""
     models: dict[str, str] = Field(default_factory=dict, description="State of each model.")
+    workers: dict[str, str] | None = Field(
+        default=None, description="With several workers: ready, or why not, for each."
+    )

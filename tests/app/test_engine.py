@@ -66,7 +66,7 @@ class Bench:
         return stuck
 
     def dropped(self, stage: str, reason: str) -> float:
-        return self.metrics.dropped.labels("colours", stage, reason)._value.get()
+        return self.metrics.dropped.labels("colours", stage, reason).get()
 
     def close(self) -> None:
         self.session.gate.set()

@@ -1,8 +1,20 @@
+import os
 import shutil
 import subprocess
 
 import pytest
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
+from app.metrics import BATCH_BUCKETS, Metrics
+from app.pages import create_shared, open_shared
 from tests.bundles import plain_image
 
 
@@ -54,3 +66,57 @@ def test_unknown_names_make_no_new_series(server):
         server.client.post(f"/models/invented-{number}/predict", content=b"x")
         server.client.get(f"/invented/{number}")
     assert not [key for key in server.metrics() if "invented" in key]
+
+
+def test_the_text_is_what_prometheus_client_writes():
+    registry = CollectorRegistry()
+    disable_created_metrics()
+    theirs_requests = Counter("convoy_requests_total", "Requests answered.", ["model", "version", "route", "code"])
+    theirs_rows = Gauge("convoy_queue_rows", "Decoded images that wait for a session.", ["model"])
+    theirs_info = Gauge(
+        "convoy_model_info", "1 for the state that a model is in.", ["model", "version", "digest", "provider", "state"]
+    )
+    theirs_batch = Histogram("convoy_batch_size", "Images per session run.", ["model"], buckets=BATCH_BUCKETS)
+    for collector in (theirs_requests, theirs_batch, theirs_rows, theirs_info):
+        REGISTRY.unregister(collector)
+        registry.register(collector)
+    ours = Metrics()
+    for requests, batch, rows, info in (
+        (theirs_requests, theirs_batch, theirs_rows, theirs_info),
+        (ours.requests, ours.batch_size, ours.queue_rows, ours.model_info),
+    ):
+        requests.labels('quote"d\n\\', "1", "/predict", 200).inc()
+        requests.labels("ü", "1", "/predict", 429).inc(2.5)
+        rows.labels("m").set(-3)
+        info.labels("m", "1", "", "", "loading").set(1)
+        info.remove("m", "1", "", "", "loading")
+        info.labels("m", "1", "d", "cpu", "ready").set(1)
+        for value in (0, 1, 1.5, 2, 256, 257, 1e9):
+            batch.labels("m").observe(value)
+    names = ("convoy_requests", "convoy_batch_size", "convoy_queue_rows", "convoy_model_info")
+    own_lines = [line for line in ours.render().decode().splitlines() if any(name in line for name in names)]
+    assert own_lines == generate_latest(registry).decode().splitlines()
+
+
+def test_a_gauge_counts_what_is_in_progress_also_when_it_fails():
+    gauge = Metrics().inflight_requests.labels("m")
+    with pytest.raises(ValueError, match="inside"), gauge.track_inprogress():
+        assert gauge.get() == 1
+        raise ValueError("inside")
+    assert gauge.get() == 0
+
+
+def test_processes_are_told_apart_where_there_are_several():
+    descriptor = create_shared(3)
+    pages = open_shared(descriptor)
+    os.close(descriptor)
+    for page in pages[:2]:
+        page.take_over(os.getpid())
+        page.beat()
+    metrics = Metrics(pages[0], pages)
+    lines = [line for line in metrics.render().decode().splitlines() if not line.startswith("#")]
+    keys = [line.rsplit(" ", 1)[0] for line in lines]
+    assert len(keys) == len(set(keys))
+    assert {'process_cpu_seconds_total{worker="1"}', 'process_cpu_seconds_total{worker="2"}'} <= set(keys)
+    assert 'python_gc_collections_total{generation="0",worker="2"}' in keys
+    assert not [key for key in keys if 'worker="3"' in key]

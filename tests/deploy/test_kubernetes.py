@@ -124,7 +124,7 @@ def test_termination_leaves_time_to_drain(pod, container, environment):
 def test_probes_ask_the_right_question(container):
     paths = {probe: container[probe]["httpGet"]["path"] for probe in container if probe.endswith("Probe")}
     assert paths == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
-    assert {container[probe]["httpGet"]["port"] for probe in paths} == {"http"}
+    assert {container[probe]["httpGet"]["port"] for probe in paths} == {"probes"}
     assert all(container[probe]["timeoutSeconds"] >= 2 for probe in paths)
 
 
@@ -136,7 +136,10 @@ def test_start_may_take_five_minutes(container):
 def test_settings_are_ones_the_service_takes(container, environment, dockerfile):
     settings = Settings.from_sources(environment)
     assert settings.host == "0.0.0.0"
-    assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
+    assert container["ports"] == [
+        {"name": "http", "containerPort": settings.port},
+        {"name": "probes", "containerPort": settings.probe_port},
+    ]
     assert f"{settings.models}" == dockerfile.environment("runtime")["CONVOY_MODELS"]
     assert environment["ORT_DISABLE_TELEMETRY"] == "1"
 
@@ -145,6 +148,11 @@ def test_kubernetes_adds_no_settings_of_its_own(resources, pod):
     # Kubernetes derives variables from a Service's name, and ours begin with CONVOY_.
     assert resources["Service"]["metadata"]["name"] == "convoy"
     assert pod["enableServiceLinks"] is False
+
+
+def test_prometheus_is_told_the_port_of_the_probes(resources, environment):
+    annotations = resources["Deployment"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": environment["CONVOY_PROBE_PORT"]}
 
 
 def test_runs_as_the_images_user(pod, dockerfile):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.metrics import MetricWrapperBase
 
 from app.metrics import Metrics
 
@@ -25,11 +24,10 @@ GROUPING = re.compile(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)")
 def exported_series() -> dict[str, set[str]]:
     """Return every series that the service can export, with its labels."""
     series: dict[str, set[str]] = {}
-    for metric in vars(Metrics()).values():
-        if isinstance(metric, MetricWrapperBase):
-            [family] = metric.describe()
-            for suffix in SUFFIXES[family.type]:
-                series[family.name + suffix] = {*metric._labelnames, *(["le"] if suffix == "_bucket" else [])}
+    for family in Metrics().families.values():
+        for suffix in SUFFIXES[family.kind]:
+            name = family.name.removesuffix("_total") + suffix
+            series[name] = {*family.label_names, *(["le"] if suffix == "_bucket" else [])}
     for family in ProcessCollector(registry=CollectorRegistry()).collect():
         series[family.name + SUFFIXES[family.type][0]] = set()
     return series

@@ -1,0 +1,227 @@
+"""Pages: the numbers of one process, in memory that the others can read.
+
+A page is a fixed region that one process writes and any may read: a header (who writes it, in which state it is), a
+note (one JSON object), a directory of series that only grows, and an array of float64 slots. It outlives its writer:
+the next one takes it over and goes on counting where the last one was killed. Knows nothing of metrics' kinds, HTTP or
+models.
+
+    0         1 KiB            128 KiB                      512 KiB                    1 MiB
+    | header  | note           | directory: a JSON line     | slots                    |
+    | slots   |                | for each series            |                          |
+
+Each slot has one writer at a time (the event loop, or whoever holds the lock that guards it): an addition is a read and
+a write, and two writers would lose one. Readers need no lock: an aligned double is read whole. Memory that nobody has
+touched costs nothing, so the size is no more than a bound: some 200 models.
+"""
+
+import gc
+import json
+import logging
+import math
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+PAGE_BYTES = 1 << 20
+MAX_WIDTH = 64
+"""Slots of one series at most."""
+NO_VALUE = math.nan
+"""What a gauge holds while it is not shown."""
+
+_SLOT = 8
+_NOTE, _DIRECTORY, _SLOTS = 1 << 10, 128 << 10, 512 << 10
+_PID, _STATE, _HEARTBEAT, _CONNECTIONS, _DIRECTORY_USED, _SLOTS_USED, _NOTE_VERSION, _NOTE_BYTES = range(8)
+_COLLECTIONS = 16
+# The first slots are a waste bin: what finds no room is written there, and nobody reads it.
+_WASTE, _FIRST = _SLOTS // _SLOT, _SLOTS // _SLOT + MAX_WIDTH
+
+
+class WriterState(IntEnum):
+    """Where the process that writes a page is between its start and its end; FREE: there is none."""
+
+    FREE = 0
+    STARTING = 1
+    LOADING = 2
+    READY = 3
+    FAILED = 4
+    DRAINING = 5
+
+
+class Series(NamedTuple):
+    """One line of the directory: a series and where its slots are."""
+
+    name: str
+    labels: tuple[str, ...]
+    width: int
+    gauge: bool
+    first: int
+
+
+class Page:
+    """One page; `number` is its place among its siblings, from 1."""
+
+    def __init__(self, memory: memoryview, number: int) -> None:
+        self.number = number
+        self.slots: memoryview[float] = memory.cast("d")
+        self._memory = memory
+        self._series: dict[tuple[str, tuple[str, ...], int], Series] = {}
+        self._directory_read = 0
+        self._lock = threading.Lock()
+        self._full = False
+
+    @property
+    def pid(self) -> int:
+        """The writer's process id; 0: there is none."""
+        return int(self.slots[_PID])
+
+    @property
+    def state(self) -> WriterState:
+        """What the writer says of itself."""
+        return WriterState(int(self.slots[_STATE]))
+
+    @property
+    def connections(self) -> int:
+        """Connections that the writer holds."""
+        return int(self.slots[_CONNECTIONS])
+
+    @connections.setter
+    def connections(self, count: int) -> None:
+        self.slots[_CONNECTIONS] = count
+
+    @property
+    def silent_s(self) -> float:
+        """How long ago the writer last showed that its event loop turns, seconds."""
+        return time.monotonic() - self.slots[_HEARTBEAT]
+
+    @property
+    def heartbeat(self) -> float:
+        """When the writer last did, on the machine's monotonic clock, seconds."""
+        return self.slots[_HEARTBEAT]
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """The writer's note; empty where there is none, or it is being written."""
+        for _ in range(3):
+            version = self.slots[_NOTE_VERSION]
+            text = bytes(self._memory[_NOTE : _NOTE + int(self.slots[_NOTE_BYTES])])
+            if text and version % 2 == 0 and version == self.slots[_NOTE_VERSION]:
+                with suppress(ValueError):
+                    note: dict[str, Any] = json.loads(text)
+                    return note
+        return {}
+
+    @property
+    def collections(self) -> list[tuple[float, float, float]]:
+        """The writer's garbage collection by generation: objects collected, uncollectable ones, runs."""
+        slots = self.slots
+        return [(slots[at], slots[at + 1], slots[at + 2]) for at in range(_COLLECTIONS, _COLLECTIONS + 9, 3)]
+
+    def take_over(self, pid: int) -> None:
+        """Enter a writer: counters go on, all else starts anew."""
+        self.release()
+        self.slots[_PID] = pid
+        self.slots[_STATE] = WriterState.STARTING
+        self.slots[_HEARTBEAT] = time.monotonic()
+
+    def release(self) -> None:
+        """Leave the page to the next writer: gauges and whatever else speaks of this one's presence are wiped."""
+        for field in (_PID, _STATE, _CONNECTIONS, *range(_COLLECTIONS, _COLLECTIONS + 9)):
+            self.slots[field] = 0
+        self._write_note(b"")
+        for series in self.series():
+            if series.gauge:
+                self.slots[series.first] = NO_VALUE
+
+    def beat(self) -> None:
+        """Show that the event loop turns."""
+        self.slots[_HEARTBEAT] = time.monotonic()
+        for generation, stats in enumerate(gc.get_stats()):
+            at = _COLLECTIONS + 3 * generation
+            for offset, what in enumerate(("collected", "uncollectable", "collections")):
+                self.slots[at + offset] = stats[what]
+
+    def tell(self, state: WriterState, note: dict[str, Any]) -> None:
+        """Say in which state the writer is, with a note; one that is too long is left out."""
+        text = json.dumps(note, ensure_ascii=True).encode()
+        self._write_note(text if len(text) <= _DIRECTORY - _NOTE else b"")
+        self.slots[_STATE] = state
+
+    def series(self) -> list[Series]:
+        """Return every series that has been entered so far."""
+        with self._lock:
+            self._read_directory()
+            return list(self._series.values())
+
+    def place(self, name: str, labels: tuple[str, ...], width: int, *, gauge: bool = False) -> int:
+        """Return the index of a series' first slot; a new one is entered, with zeros.
+
+        Where the page is full, that is said once, and the series is written where nobody reads it: a service that
+        runs on without some number is better than one that fails for it.
+        """
+        assert 0 < width <= MAX_WIDTH, f"{name} is {width} slots wide"
+        with self._lock:
+            self._read_directory()
+            known = self._series.get((name, labels, width))
+            return self._enter(name, labels, width, gauge) if known is None else known.first
+
+    def _enter(self, name: str, labels: tuple[str, ...], width: int, gauge: bool) -> int:
+        first = _FIRST + int(self.slots[_SLOTS_USED])
+        line = json.dumps([name, labels, width, gauge, first], ensure_ascii=True).encode() + b"\n"
+        end = self._directory_read + len(line)
+        if end > _SLOTS - _DIRECTORY or first + width > len(self.slots):
+            if not self._full:
+                log.error("metrics page is full: new series are not shown", extra={"series": name, "page": self.number})
+                self._full = True
+            return _WASTE
+        self._memory[_DIRECTORY + self._directory_read : _DIRECTORY + end] = line
+        self.slots[_SLOTS_USED] += width
+        # Last: a reader takes only what is within this length.
+        self.slots[_DIRECTORY_USED] = end
+        self._read_directory()
+        return first
+
+    def _read_directory(self) -> None:
+        """Read the lines that came since; holds the lock."""
+        used = int(self.slots[_DIRECTORY_USED])
+        if used == self._directory_read:
+            return
+        lines = bytes(self._memory[_DIRECTORY + self._directory_read : _DIRECTORY + used])
+        for line in lines.splitlines():
+            name, labels, width, gauge, first = json.loads(line)
+            self._series[name, tuple(labels), width] = Series(name, tuple(labels), width, gauge, first)
+        self._directory_read = used
+
+    def _write_note(self, text: bytes) -> None:
+        version = int(self.slots[_NOTE_VERSION]) | 1  # odd: it is being written, or its writer was killed in the middle
+        self.slots[_NOTE_VERSION] = version
+        self._memory[_NOTE : _NOTE + len(text)] = text
+        self.slots[_NOTE_BYTES] = len(text)
+        self.slots[_NOTE_VERSION] = version + 1
+
+
+def private_page() -> Page:
+    """Return a page of this process's own, taken over by it."""
+    page = Page(memoryview(mmap.mmap(-1, PAGE_BYTES)), 1)
+    page.take_over(os.getpid())
+    return page
+
+
+def create_shared(count: int) -> int:
+    """Return a descriptor of memory for `count` pages, for `open_shared` here and in processes that inherit it."""
+    descriptor = os.memfd_create("convoy-pages")
+    os.ftruncate(descriptor, count * PAGE_BYTES)
+    return descriptor
+
+
+def open_shared(descriptor: int) -> Sequence[Page]:
+    """Return the pages behind a descriptor."""
+    memory = memoryview(mmap.mmap(descriptor, 0))
+    starts = range(0, len(memory), PAGE_BYTES)
+    return [Page(memory[start : start + PAGE_BYTES], number) for number, start in enumerate(starts, 1)]

@@ -1,0 +1,381 @@
+"""Workers: several processes on one listening socket, watched by one that does nothing else.
+
+The supervisor binds the port, makes the pages, and starts each worker as a fresh interpreter that inherits both by
+descriptor; it loads neither ONNX Runtime nor FastAPI. A worker that dies is replaced, one that hangs is killed first.
+
+    SIGTERM, SIGINT   every worker drains and ends; a second signal cuts off what still runs
+    SIGHUP            one worker after the other is replaced, each by one that is ready before the old one drains
+
+A worker's standard input is its lifeline: the supervisor writes the settings into it and then holds it open for as long
+as it lives. Knows processes and pages; nothing of requests or models.
+"""
+
+import asyncio
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+from app import logs
+from app.accept import listen, listen_for_probes, url_of
+from app.cpus import usable_cpus
+from app.errors import ConvoyError, SettingsError
+from app.metrics import Metrics
+from app.pages import Page, WriterState, create_shared, open_shared
+from app.probes import ProbePort, Probes
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+EXIT_FAULT = 2
+"""A worker's exit status for a fault that the user can mend; the sentence is in its note."""
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 10.0
+YOUNG_S = 10.0
+"""A worker that dies younger is not replaced at once: it would most likely die again."""
+HANGS_S = 30.0
+CUT_OFF_S = 3.0
+"""Time to end after the drain, or after it was cut off; then a worker is killed."""
+TICK_S = 0.05
+
+# The child finds this package where the parent found it, whatever its own directory holds.
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from app.workers import work; work(*map(int, sys.argv[2:]))"
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal, with as many processes as the settings say; blocks.
+
+    Raises:
+        SettingsError: no models, no port, no such device, or more than one worker on a system that cannot share memory.
+        RuntimeMissingError: there is no usable ONNX Runtime.
+    """
+    count = settings.workers or usable_cpus()
+    if count == 1:
+        from app import service
+
+        service.serve(settings)
+        return
+    if not hasattr(os, "memfd_create"):
+        raise SettingsError("More than one worker needs Linux: set --workers 1 or CONVOY_WORKERS=1.")
+    with listen(settings.host, settings.port) as listener:
+        Supervisor(settings, count, listener, listen_for_probes(settings)).run()
+
+
+def share_of(settings: Settings, workers: int) -> Settings:
+    """Return one worker's settings: its share of the processors, and of what may be inside the whole service.
+
+    A share is never smaller than the largest single request, which would otherwise find no worker that may take it.
+    """
+    cpus = max(1, usable_cpus() // workers)
+    images = math.ceil(settings.max_inflight_images / workers)
+    body_bytes = math.ceil(settings.max_inflight_bytes / workers)
+    return settings.model_copy(
+        update={
+            "sessions": settings.sessions or cpus,
+            "decode_threads": settings.decode_threads or cpus,
+            "max_inflight_images": max(images, min(settings.max_images_per_request, settings.max_inflight_images)),
+            "max_inflight_bytes": max(body_bytes, min(settings.max_body_bytes, settings.max_inflight_bytes)),
+        }
+    )
+
+
+class Worker:
+    """One process, as the supervisor sees it."""
+
+    def __init__(self, page: Page, command: list[str], settings: Settings, descriptors: list[int]) -> None:
+        """Start it.
+
+        Raises:
+            OSError: there is no process to be had.
+        """
+        self.page = page
+        # A process group of its own: Ctrl-C in a terminal goes to the supervisor alone, which passes it on once.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=descriptors, process_group=0)
+        page.take_over(self.process.pid)
+        self.started = time.monotonic()
+        self.ended = asyncio.Event()
+        self.status = 0
+        self.reason = ""
+        self._heartbeat = page.heartbeat
+        self._silent_ticks = 0
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(settings.model_dump_json().encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it has died already, which is seen like any other death
+            pass
+
+    @property
+    def number(self) -> int:
+        """The worker's number: its page's."""
+        return self.page.number
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its start."""
+        return time.monotonic() - self.started
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it still runs."""
+        self.process.send_signal(number)
+
+    def reap(self) -> bool:
+        """Tell whether it has ended since the last time; its page is free then."""
+        if self.ended.is_set() or self.process.poll() is None:
+            return False
+        self.status = self.process.returncode
+        self.reason = self.page.note.get("reason", "")
+        self.page.release()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.ended.set()
+        return True
+
+    def hangs(self) -> bool:
+        """Tell whether its event loop has stood still too long; call at every tick.
+
+        The supervisor's ticks are counted, not seconds: after a pause of the whole machine or container all is well.
+        """
+        if self.page.heartbeat != self._heartbeat or self.page.state is WriterState.STARTING:
+            self._heartbeat, self._silent_ticks = self.page.heartbeat, 0
+        else:
+            self._silent_ticks += 1
+        return self._silent_ticks * TICK_S > HANGS_S
+
+
+class Place:
+    """Where one worker belongs: whoever fills it is replaced when it dies."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+
+class Supervisor:
+    """Starts workers, keeps them running, replaces them, and ends them."""
+
+    def __init__(self, settings: Settings, count: int, listener: socket.socket, probes: socket.socket | None) -> None:
+        self._settings = settings
+        self._count = count
+        self._listener = listener
+        self._memory = create_shared(count + 1)  # one more: during a reload old and new are side by side
+        self._pages = open_shared(self._memory)
+        self._free = list(self._pages)
+        self._workers: list[Worker] = []
+        self._probe_port = ProbePort(Probes(Metrics(pages=self._pages)), probes)
+        self._stopping = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
+        self._was_ready = False
+        self._fault: SettingsError | None = None
+
+    def run(self) -> None:
+        """Supervise until a signal; blocks. Returns when every worker has ended.
+
+        Raises:
+            SettingsError: the workers cannot start with these settings.
+        """
+        asyncio.run(self._run())
+        if self._fault is not None:
+            raise self._fault
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        handlers: dict[signal.Signals, Callable[[], None]] = {
+            signal.SIGTERM: self._stop,
+            signal.SIGINT: self._stop,
+            signal.SIGHUP: self._reload_wanted.set,
+            signal.SIGCHLD: self._reap,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        async with self._probe_port:
+            log.info("listening", extra={"url": url_of(self._listener), "workers": self._count})
+            places = [Place(self._start()) for _ in range(self._count)]
+            works: list[Coroutine[None, None, object]] = [
+                *map(self._keep, places),
+                self._watch(),
+                self._reload_on_demand(places),
+            ]
+            tasks = [loop.create_task(work) for work in (*works, self._stopping.wait())]
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
+            await self._drain()
+            for task in ended:
+                task.result()  # raises what ended it, if that was an error
+        log.info("stopped")
+
+    def _start(self) -> Worker:
+        """Start a worker on the first free page."""
+        page = self._free.pop(0)
+        root = str(Path(__file__).parents[1])
+        descriptors = [self._listener.fileno(), self._memory]
+        command = [sys.executable, "-P", "-c", _BOOT, root, str(page.number), *map(str, descriptors)]
+        try:
+            worker = Worker(page, command, share_of(self._settings, self._count), descriptors)
+        except OSError:
+            self._free.append(page)
+            raise
+        self._workers.append(worker)
+        log.info("worker started", extra={"worker": worker.number, "pid": worker.process.pid})
+        return worker
+
+    def _reap(self) -> None:
+        """Note which workers have ended."""
+        for worker in [worker for worker in self._workers if worker.reap()]:
+            self._workers.remove(worker)
+            self._free.append(worker.page)
+            self._free.sort(key=lambda page: page.number)
+
+    def _stop(self) -> None:
+        """Begin to stop; the second time, cut off what still runs."""
+        if self._stopping.is_set():
+            for worker in self._workers:
+                worker.signal(signal.SIGINT)
+        self._stopping.set()
+
+    async def _watch(self) -> None:
+        """Kill workers that hang, and note when one was ready for the first time."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            for worker in self._workers:
+                self._was_ready = self._was_ready or worker.page.state is WriterState.READY
+                if worker.hangs():
+                    log.error("worker hangs: killing it", extra={"worker": worker.number, "pid": worker.process.pid})
+                    worker.signal(signal.SIGKILL)
+
+    async def _keep(self, place: Place) -> None:
+        """Keep one place filled, whatever ends its worker."""
+        pause = FIRST_PAUSE_S
+        while True:
+            worker = place.worker
+            await worker.ended.wait()
+            if self._stopping.is_set():
+                return
+            if place.worker is not worker:  # a reload has put another one here
+                continue
+            if worker.status == EXIT_FAULT and not self._was_ready:
+                self._fault = SettingsError(worker.reason or "The workers could not start; the log has the reason.")
+                self._stopping.set()
+                return
+            young = worker.age_s < YOUNG_S
+            wait = pause if young else 0.0
+            pause = min(2 * pause, LAST_PAUSE_S) if young else FIRST_PAUSE_S
+            log.error(
+                "worker died",
+                extra={
+                    "worker": worker.number,
+                    "pid": worker.process.pid,
+                    "cause": _cause(worker.status),
+                    "lived_s": round(worker.age_s, 1),
+                    "replaced_in_s": wait,
+                    **({"reason": worker.reason} if worker.status == EXIT_FAULT else {}),
+                },
+            )
+            await self._fill(place, worker, wait)
+
+    async def _fill(self, place: Place, dead: Worker, wait_s: float) -> None:
+        """Put a new worker where one has died, unless a reload does so first."""
+        while True:
+            await asyncio.sleep(wait_s)
+            if place.worker is not dead or self._stopping.is_set():
+                return
+            try:
+                place.worker = self._start()
+                return
+            except OSError as error:
+                log.error("no worker could be started", extra={"reason": str(error), "again_in_s": LAST_PAUSE_S})
+                wait_s = LAST_PAUSE_S
+
+    async def _reload_on_demand(self, places: list[Place]) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            try:
+                await self._reload(places)
+            except OSError as error:
+                log.error("reload given up", extra={"reason": str(error)})
+
+    async def _reload(self, places: list[Place]) -> None:
+        """Replace every worker, one after the other; where a new one is no good, the old ones stay."""
+        log.info("reloading")
+        for place in places:
+            new = self._start()
+            if not await self._becomes_ready(new):
+                reason = new.reason or new.page.note.get("reason", "")
+                log.error("reload given up: the old workers stay", extra={"worker": new.number, "reason": reason})
+                await self._end(new)
+                return
+            old, place.worker = place.worker, new
+            await self._end(old)
+            log.info("worker replaced", extra={"worker": old.number, "by": new.number, "pid": new.process.pid})
+        log.info("reloaded")
+
+    async def _becomes_ready(self, worker: Worker) -> bool:
+        """Wait until a worker is ready, or certain not to become so."""
+        while not worker.ended.is_set() and worker.page.state is not WriterState.FAILED:
+            if worker.page.state is WriterState.READY:
+                return True
+            await asyncio.sleep(TICK_S)
+        return False
+
+    async def _drain(self) -> None:
+        """End every worker; their connections are refused from now on."""
+        self._listener.close()
+        await asyncio.gather(*map(self._end, self._workers))
+
+    async def _end(self, worker: Worker) -> None:
+        """Let a worker drain and end; kill it where it takes too long."""
+        worker.signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(worker.ended.wait(), self._settings.drain_timeout_s + CUT_OFF_S)
+        except TimeoutError:
+            log.error("worker does not end: killing it", extra={"worker": worker.number, "pid": worker.process.pid})
+            worker.signal(signal.SIGKILL)
+            await worker.ended.wait()
+
+
+def work(number: int, listener: int, memory: int) -> None:
+    """Be one worker: read settings from standard input, serve, and end the process.
+
+    Args:
+        number: the worker's, and its page's.
+        listener: descriptor of the listening socket.
+        memory: descriptor of the pages.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # The supervisor's way to cut off: only the server heeds it, and not what comes after.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifeline = sys.stdin.fileno()
+    settings = Settings.model_validate_json(_first_line(lifeline))
+    logs.configure(settings.log_format, settings.log_level, worker=number)
+    pages = open_shared(memory)
+    page = pages[number - 1]
+    status = 0
+    try:
+        from app import service
+
+        service.share(settings, socket.socket(fileno=listener), page, pages, lifeline)
+    except ConvoyError as fault:
+        page.tell(WriterState.FAILED, {"reason": fault.message})
+        status = EXIT_FAULT
+    # As in `convoy serve`: native code that is stuck must not hold up the end.
+    logging.shutdown()
+    os._exit(status)
+
+
+def _first_line(descriptor: int) -> bytes:
+    """Read up to the end of a line and no further, or to the end."""
+    line = b""
+    while not line.endswith(b"\n") and (data := os.read(descriptor, 1)):
+        line += data
+    return line
+
+
+def _cause(status: int) -> str:
+    """Say how a process has ended."""
+    return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"

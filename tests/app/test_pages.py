@@ -1,0 +1,161 @@
+"""Pages: what one process writes and others read, from one writer to the next."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from app import pages
+from app.metrics import Metrics
+from app.pages import MAX_WIDTH, Page, WriterState, create_shared, open_shared, private_page
+
+COUNT_ELSEWHERE = """
+import sys
+from app.metrics import Metrics
+from app.pages import open_shared
+page = open_shared(int(sys.argv[1]))[1]
+page.take_over(4242)
+metrics = Metrics(page)
+metrics.images.labels("m", "1").inc(5)
+metrics.queue_rows.labels("m").set(7)
+metrics.for_model("m", "1").infer.observe(0.25)
+"""
+
+
+@pytest.fixture
+def shared():
+    descriptor = create_shared(3)
+    yield descriptor
+    os.close(descriptor)
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    lines = [line for line in metrics.render().decode().splitlines() if not line.startswith("#")]
+    return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_what_another_process_counts_is_in_the_sum(shared):
+    own = open_shared(shared)
+    own[0].take_over(os.getpid())
+    metrics = Metrics(own[0], own)
+    metrics.images.labels("m", "1").inc(2)
+    metrics.for_model("m", "1").infer.observe(0.25)
+    subprocess.run([sys.executable, "-c", COUNT_ELSEWHERE, str(shared)], pass_fds=[shared], check=True)
+    shown = samples(metrics)
+    assert shown['convoy_images_total{model="m",version="1"}'] == 7
+    assert shown['convoy_queue_rows{model="m"}'] == 7
+    assert shown['convoy_stage_duration_seconds_count{model="m",stage="infer"}'] == 2
+    assert shown['convoy_stage_duration_seconds_bucket{le="0.3",model="m",stage="infer"}'] == 2
+    assert shown['convoy_stage_duration_seconds_bucket{le="0.2",model="m",stage="infer"}'] == 0
+    assert shown['convoy_stage_duration_seconds_sum{model="m",stage="infer"}'] == 0.5
+    assert own[1].pid == 4242
+
+
+def test_the_next_writer_goes_on_counting_and_forgets_the_gauges(shared):
+    first = Metrics(open_shared(shared)[0])
+    first.page.take_over(1)
+    first.images.labels("m", "1").inc(5)
+    first.queue_rows.labels("m").set(7)
+    first.inflight_images.set(3)
+    first.model_info.labels("m", "1", "", "", "loading").set(1)
+
+    mine = open_shared(shared)
+    reader = Metrics(pages=mine)
+    mine[0].release()
+    assert samples(reader)['convoy_images_total{model="m",version="1"}'] == 5
+    assert not [key for key in samples(reader) if key.startswith(("convoy_queue_rows", "convoy_model_info"))]
+
+    page = open_shared(shared)[0]
+    page.take_over(2)
+    second = Metrics(page, mine)
+    second.images.labels("m", "1").inc()
+    second.for_model("m", "1")
+    shown = samples(second)
+    assert shown['convoy_images_total{model="m",version="1"}'] == 6
+    assert shown['convoy_queue_rows{model="m"}'] == 0
+    assert shown["convoy_inflight_images"] == 0
+    assert len(page.series()) == len({series[:3] for series in page.series()}), "a series was entered twice"
+
+
+def test_restarts_do_not_fill_a_page(shared):
+    for writer in range(50):
+        page = open_shared(shared)[0]
+        page.take_over(writer + 1)
+        Metrics(page).for_model("m", "1")
+    assert len(page.series()) == len(private_series())
+
+
+def private_series() -> list[pages.Series]:
+    metrics = Metrics()
+    metrics.for_model("m", "1")
+    return metrics.page.series()
+
+
+def test_a_full_page_is_said_once_and_counting_goes_on(caplog):
+    metrics = Metrics()
+    for number in range(3000):
+        metrics.for_model(f"model-{number}", "1").infer.observe(0.1)
+        metrics.for_model(f"model-{number}", "1").images.inc()
+    complaints = [record for record in caplog.records if "page is full" in record.message]
+    assert len(complaints) == 1
+    shown = samples(metrics)
+    images = [value for key, value in shown.items() if key.startswith("convoy_images_total")]
+    assert 100 < len(images) < 3000
+    assert set(images) == {1}, "a series without room was written over another one"
+
+
+def test_a_full_directory_is_a_full_page_too(caplog):
+    metrics = Metrics()
+    for number in range(500):
+        metrics.rejected.labels("m" * 1000, str(number)).inc()
+    assert len([record for record in caplog.records if "page is full" in record.message]) == 1
+    shown = [value for key, value in samples(metrics).items() if key.startswith("convoy_rejected_total")]
+    assert len(shown) < 500 and set(shown) == {1}
+    assert metrics.page.state is WriterState.STARTING
+
+
+def test_no_series_is_wider_than_the_waste_bin():
+    with pytest.raises(AssertionError):
+        private_page().place("wide", (), MAX_WIDTH + 1)
+    assert all(family.width <= MAX_WIDTH for family in Metrics().families.values())
+
+
+def test_a_note_is_read_whole_or_not_at_all():
+    page = private_page()
+    assert page.note == {}
+    page.tell(WriterState.LOADING, {"models": {"grün": "loading"}})
+    assert (page.state, page.note) == (WriterState.LOADING, {"models": {"grün": "loading"}})
+    page.tell(WriterState.READY, {"reason": "x" * pages.PAGE_BYTES})
+    assert (page.state, page.note) == (WriterState.READY, {})
+
+
+def test_a_writer_killed_in_the_middle_of_a_note_leaves_the_page_usable():
+    page = private_page()
+    page.tell(WriterState.READY, {"reason": "old"})
+    page.slots[pages._NOTE_VERSION] += 1  # what is left when a writer is killed there
+    assert page.note == {}
+    page.take_over(2)
+    page.tell(WriterState.READY, {"reason": "new"})
+    assert page.note == {"reason": "new"}
+
+
+def test_a_heartbeat_is_seen():
+    page = private_page()
+    page.slots[pages._HEARTBEAT] -= 100
+    assert page.silent_s > 99
+    page.beat()
+    assert page.silent_s < 50
+    assert sum(runs for _, _, runs in page.collections) > 0
+
+
+def test_pages_do_not_touch_each_other(shared):
+    one, two, three = open_shared(shared)
+    assert [page.number for page in (one, two, three)] == [1, 2, 3]
+    for page in (one, three):
+        page.slots[:] = memoryview(bytes(pages.PAGE_BYTES)).cast("d")
+        first = page.place("n", (), MAX_WIDTH)
+        page.slots[first] = page.slots[len(page.slots) - 1] = math.pi
+    assert set(two.slots) == {0.0}
+    assert isinstance(two, Page)
