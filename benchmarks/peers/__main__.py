@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from app.sessions import OnnxSession
 from benchmarks.networks import resnet50
 from benchmarks.peers.load import Figures, LoadError, measure, require_wrk
 from benchmarks.peers.scenarios import IMAGES, ROOT, SCENARIOS, Scenario
-from benchmarks.peers.servers import Launch, PeerError, convoy, peer, serving
+from benchmarks.peers.servers import Launch, PeerError, convoy, end_servers_when_ended, peer, serving
 from benchmarks.serving import ceiling_per_s, cpu_name
 
 RESULTS = ROOT / "benchmarks/results/peers.json"
@@ -263,11 +262,6 @@ def versions(python: Path) -> dict[str, str]:
         ) from None
     installed = json.loads(told)
     return {name: installed.get(name, "not installed") for name in PACKAGES}
-
-
-def end_servers_when_ended() -> None:
-    """Let SIGTERM unwind as Ctrl-C does: the server that is up has a process group of its own and would stay."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager

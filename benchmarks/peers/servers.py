@@ -87,6 +87,11 @@ def serving(launch: Launch, checks: Sequence[tuple[bytes, str]]) -> Iterator[str
             end(process)
 
 
+def end_servers_when_ended() -> None:
+    """Let SIGTERM unwind as Ctrl-C does: the server that is up has a process group of its own and would stay."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def await_first_answer(process: subprocess.Popen[bytes], url: str, image: bytes, log: Path) -> None:
     stop = time.monotonic() + START_S
     while True:

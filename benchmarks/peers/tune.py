@@ -10,10 +10,10 @@ import itertools
 import tempfile
 from pathlib import Path
 
-from benchmarks.peers.__main__ import PYTHON, bundle_of, end_servers_when_ended, locked, right_labels
+from benchmarks.peers.__main__ import PYTHON, bundle_of, locked, right_labels
 from benchmarks.peers.load import LoadError, measure
 from benchmarks.peers.scenarios import IMAGES, SCENARIOS, Setting
-from benchmarks.peers.servers import PeerError, peer, serving
+from benchmarks.peers.servers import PeerError, end_servers_when_ended, peer, serving
 
 SECONDS = 4.0
 WARM_UP_S = 1.0

@@ -145,7 +145,7 @@ def test_a_driver_that_is_ended_ends_its_server(tmp_path):
     """SIGTERM unwinds: the server has a process group of its own and would outlive the driver."""
     program = (
         "import sys, time\n"
-        "from benchmarks.peers.__main__ import end_servers_when_ended\n"
+        "from benchmarks.peers.servers import end_servers_when_ended\n"
         "end_servers_when_ended()\n"
         "try:\n    print('up', flush=True); time.sleep(60)\n"
         "finally:\n    print('ended its server', flush=True)\n"

@@ -23,7 +23,7 @@ class Task:
     wait_ms: float
     """How long a batch may wait to fill; what a peer cannot express is rounded up."""
     fronts: int
-    """Processes (LitServe) or threads (Triton, mosec) that speak HTTP; 0 leaves it to the peer."""
+    """Processes (LitServe) or threads (Triton) that speak HTTP; 0 leaves it to the peer, and mosec has no such knob."""
 
     def environment(self) -> dict[str, str]:
         return {f"{PREFIX}{name.upper()}": str(getattr(self, name)) for name in self.__slots__}
