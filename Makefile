@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The same constraints hold while pip builds the project itself.
@@ -9,10 +10,10 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench clean
+.PHONY: help run test training lint format bench bench-peers clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 run: $(VENV)/.serve ## serve the models of models/ on http://127.0.0.1:8000 (CONVOY_PORT=9000 make run)
 	@exec $(BIN)/convoy serve
@@ -34,8 +35,11 @@ format: $(VENV)/.dev ## put the code into shape
 bench: $(VENV)/.dev ## measure the service here: throughput, latency, and against the bare loop
 	$(BIN)/python -m benchmarks.serving
 
-clean: ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+bench-peers: $(VENV)/.dev $(PEERS)/.installed ## measure the service beside LitServe, mosec and Triton, in turns; needs wrk
+	$(BIN)/python -m benchmarks.peers
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(PEERS) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,3 +58,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for development (once) …"
 	$(PIP_INSTALL) --editable '.[cpu,train,dev]'
 	@touch $(VENV)/.serve $(VENV)/.train $@
+
+# One by one: a peer that cannot be installed here leaves the others. Its pins are not ours, NumPy's least of all.
+$(PEERS)/.installed: benchmarks/peers/requirements.txt
+	@echo "Setting up $(PEERS) with the servers to compare with (once) …"
+	$(PYTHON) -m venv $(PEERS)
+	@for peer in onnxruntime pillow pydantic litserve mosec nvidia-pytriton; do \
+		PIP_CONSTRAINT= $(PEERS)/bin/pip install --quiet --disable-pip-version-check --constraint $< $$peer \
+			|| echo "$$peer cannot be installed here; the report will say so."; \
+	done
+	@touch $@
