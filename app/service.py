@@ -182,7 +182,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections."""
         self.service.show()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         await self._probe_port.__aenter__()
         await super().startup(sockets)
 
