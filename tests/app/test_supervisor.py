@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.app.watching import free_port, is_running, load, messages, probe_url, wait_for, worker_pids
+from app.pages import WriterState
+from tests.app.watching import free_port, is_running, load, messages, pages_of, probe_url, wait_for, worker_pids
 from tests.bundles import make_bundle, plain_image
 from tests.servers import ConvoyProcess, convoy
 
@@ -110,6 +111,12 @@ def test_a_second_signal_cuts_off_what_still_runs(models, tmp_path):
             server.process.send_signal(signal.SIGINT)
             wait_for(lambda: len(messages(server, "stopped")) == 1)  # the worker that has nothing to do
             assert server.process.poll() is None
+            pages = pages_of(server)
+            wait_for(lambda: sum(page.pid > 0 for page in pages) == 1)
+            [drains] = [page for page in pages if page.pid]
+            assert drains.state is WriterState.DRAINING
+            heartbeat = drains.heartbeat
+            wait_for(lambda: drains.heartbeat > heartbeat)  # else it would be taken for hung, and killed
             assert server.stop(signal_number=signal.SIGINT) == 0
         assert not worker_pids(server)
         assert "Traceback" not in (tmp_path / "log").read_text()

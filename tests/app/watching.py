@@ -1,14 +1,16 @@
 """What tests of several workers see from outside: their processes, their log, and load on them."""
 
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
+from app.pages import Page, open_shared
 from tests.bundles import plain_image
 from tests.servers import ConvoyProcess
 
@@ -38,6 +40,17 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def pages_of(server: ConvoyProcess) -> Sequence[Page]:
+    """Return the pages of a service with several workers, as they are in its memory."""
+    for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        if "convoy-pages" in str(link.readlink()):
+            descriptor = os.open(link, os.O_RDWR)
+            pages = open_shared(descriptor)
+            os.close(descriptor)
+            return pages
+    raise AssertionError("the supervisor has no pages")
 
 
 def wait_for(condition, timeout_s: float = 30) -> None:
