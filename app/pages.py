@@ -193,10 +193,13 @@ class Page:
         if used == self._directory_read:
             return
         lines = bytes(self._memory[_DIRECTORY + self._directory_read : _DIRECTORY + used])
-        for line in lines.splitlines():
-            name, labels, width, gauge, first = json.loads(line)
+        for line in lines.splitlines(keepends=True):
+            try:
+                name, labels, width, gauge, first = json.loads(line)
+            except ValueError:  # the length was seen before the line, as some processors may: next time it is there
+                return
             self._series[name, tuple(labels), width] = Series(name, tuple(labels), width, gauge, first)
-        self._directory_read = used
+            self._directory_read += len(line)
 
     def _write_note(self, text: bytes) -> None:
         version = int(self.slots[_NOTE_VERSION]) | 1  # odd: it is being written, or its writer was killed in the middle

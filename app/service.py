@@ -202,7 +202,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections."""
         self.service.show()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         await self._probe_port.__aenter__()
         await super().startup(sockets)
 
@@ -213,7 +214,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing more, answer what was accepted, and stop the service."""
-        self.service.show()
+        showing = asyncio.create_task(self._keep_showing())
         self._stop_accepting(sockets or [])
         await self._last_requests()
         await super().shutdown(sockets)
@@ -221,6 +222,7 @@ class Server(uvicorn.Server):
             # The lifespan is cut off as well, which uvicorn would tell at length.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await self._probe_port.__aexit__()
+        showing.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal; a second one cuts off what still runs."""
@@ -239,6 +241,12 @@ class Server(uvicorn.Server):
             server.close()
         for listener in sockets:
             listener.close()
+
+    async def _keep_showing(self) -> None:
+        """Go on showing that the event loop turns: the ticks have ended, and a drain may take long."""
+        while True:
+            self.service.show()
+            await asyncio.sleep(0.1)
 
     async def _last_requests(self) -> None:
         """Answer one more request on each connection, and close it with the answer."""

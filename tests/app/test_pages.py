@@ -95,14 +95,14 @@ def private_series() -> list[pages.Series]:
 
 def test_a_full_page_is_said_once_and_counting_goes_on(caplog):
     metrics = Metrics()
-    for number in range(3000):
+    for number in range(800):
         metrics.for_model(f"model-{number}", "1").infer.observe(0.1)
         metrics.for_model(f"model-{number}", "1").images.inc()
     complaints = [record for record in caplog.records if "page is full" in record.message]
     assert len(complaints) == 1
     shown = samples(metrics)
     images = [value for key, value in shown.items() if key.startswith("convoy_images_total")]
-    assert 100 < len(images) < 3000
+    assert 100 < len(images) < 800
     assert set(images) == {1}, "a series without room was written over another one"
 
 
@@ -139,6 +139,19 @@ def test_a_writer_killed_in_the_middle_of_a_note_leaves_the_page_usable():
     page.take_over(2)
     page.tell(WriterState.READY, {"reason": "new"})
     assert page.note == {"reason": "new"}
+
+
+def test_a_line_that_is_not_there_yet_is_read_later(shared):
+    writer, reader = open_shared(shared)[0], open_shared(shared)[0]
+    writer.place("early", (), 1)
+    used = int(writer.slots[pages._DIRECTORY_USED])
+    writer.place("late", (), 1)
+    end = int(writer.slots[pages._DIRECTORY_USED])
+    line = bytes(writer._memory[pages._DIRECTORY + used : pages._DIRECTORY + end])
+    writer._memory[pages._DIRECTORY + used : pages._DIRECTORY + end] = bytes(len(line))
+    assert [series.name for series in reader.series()] == ["early"]
+    writer._memory[pages._DIRECTORY + used : pages._DIRECTORY + end] = line
+    assert [series.name for series in reader.series()] == ["early", "late"]
 
 
 def test_a_heartbeat_is_seen():
