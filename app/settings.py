@@ -92,6 +92,12 @@ class Settings(BaseModel):
     )
     access_log: bool = Field(default=True, description="One line a request.")
 
+    @property
+    def local_url(self) -> str:
+        """Where a service with these settings answers on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
     @classmethod
     def from_sources(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Self:
         """Read settings from `CONVOY_…` variables and flags (field name → value); flags win.
