@@ -1,4 +1,4 @@
-"""The command `convoy`: serve, predict, bench, health. Parses words, prints answers; the work is elsewhere."""
+"""The command `convoy`: serve, predict, bench, tune, health. Parses words, prints answers; the work is elsewhere."""
 
 import argparse
 import http.client
@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 
 from app import __version__
 from app.bench import cli as bench_cli
+from app.bench import tune as bench_tune
 from app.errors import BadRequestError, ConvoyError
 from app.settings import Settings, flag_of, variable_of
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-PREDICT_SETTINGS = ("models", "device", "default_model", "max_image_pixels")
-BENCH_SETTINGS = ("models",)
-HEALTH_SETTINGS = ("host", "port")
+PREDICT_SETTINGS = ("settings", "models", "device", "default_model", "max_image_pixels")
+BENCH_SETTINGS = ("settings", "models")
+HEALTH_SETTINGS = ("settings", "host", "port")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     bench_cli.add_flags(bench)
     _add_settings(bench, BENCH_SETTINGS)
     bench.set_defaults(run=lambda options: bench_cli.run(options, _settings(options)))
+
+    tune = commands.add_parser(
+        "tune", help="find the best settings for this machine", description=bench_tune.DESCRIPTION
+    )
+    bench_tune.add_flags(tune)
+    _add_settings(tune, BENCH_SETTINGS)
+    tune.set_defaults(run=lambda options: bench_tune.run(options, _settings(options)))
 
     health = commands.add_parser(
         "health", help="exit 0 if the service is ready", description="Ask a running service whether it is ready."

@@ -3,13 +3,12 @@
 import argparse
 import asyncio
 import json
-import math
 import signal
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.bench.flags import check_folder, number, whole, write_text
 from app.errors import BadRequestError
 from app.settings import Settings
 
@@ -42,23 +41,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="which model; default: the service's default model")
     parser.add_argument(
         "--connections",
-        type=_whole(1, 20_000),
+        type=whole(1, 20_000),
         metavar="N",
         help=f"connections (default: {CLOSED_CONNECTIONS}); with --rate, at most so many (default: {OPEN_CONNECTIONS})",
     )
-    parser.add_argument("--rate", type=_number(0.01, 1e6), metavar="R", help="open loop with so many requests a second")
+    parser.add_argument("--rate", type=number(0.01, 1e6), metavar="R", help="open loop with so many requests a second")
     parser.add_argument(
-        "--seconds", type=_number(0.1, 3600), default=10.0, metavar="S", help="measured time (default: 10)"
+        "--seconds", type=number(0.1, 3600), default=10.0, metavar="S", help="measured time (default: 10)"
     )
+    parser.add_argument("--warm-up", type=number(0, 3600), default=2.0, metavar="S", help="load before it (default: 2)")
     parser.add_argument(
-        "--warm-up", type=_number(0, 3600), default=2.0, metavar="S", help="load before it (default: 2)"
+        "--images-per-request", type=whole(1, 1024), default=1, metavar="N", help="images in a request (default: 1)"
     )
-    parser.add_argument(
-        "--images-per-request", type=_whole(1, 1024), default=1, metavar="N", help="images in a request (default: 1)"
-    )
-    parser.add_argument(
-        "--timeout-ms", type=_whole(1, 86_400_000), metavar="MS", help="send this deadline (Timeout-Ms)"
-    )
+    parser.add_argument("--timeout-ms", type=whole(1, 86_400_000), metavar="MS", help="send this deadline (Timeout-Ms)")
     parser.add_argument(
         "--ceiling",
         action="store_true",
@@ -111,7 +106,8 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         return EXIT_INTERRUPTED
     show(report, ceiling)
     if options.json:
-        write_json(options.json, _document(report, plan, ceiling, options, len(images)))
+        document = _document(report, plan, ceiling, options, len(images))
+        write_text(options.json, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     if options.plot:
         draw_report(report, options.plot)
     if report.interrupted:
@@ -136,28 +132,6 @@ async def check_answers(plan: "Plan", file: Path) -> None:
         raise BadRequestError(f"{address} does not answer: {reason_of(error)}.") from error
     if answer.status not in (200, 429):
         raise BadRequestError(f"{address} answers {answer.status} to {file}: {_sentence_of(answer.body)}")
-
-
-def check_folder(target: Path) -> None:
-    """Say before anything is measured that a file could not be written.
-
-    Raises:
-        BadRequestError: its folder is not there.
-    """
-    if not target.absolute().parent.is_dir():
-        raise BadRequestError(f"The file {target} cannot be written: there is no folder {target.parent}.")
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document of figures.
-
-    Raises:
-        BadRequestError: the file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise BadRequestError(f"The file {path} cannot be written: {error.strerror}.") from error
 
 
 def _split(words: list[str], settings: Settings) -> tuple[str, list[str]]:
@@ -243,24 +217,3 @@ def _sentence_of(body: str) -> str:
         return str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):
         return body or "(no body)"
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise ValueError
-        return int(text)
-
-    whole.__name__ = f"whole number from {least} to {most}"
-    return whole
-
-
-def _number(least: float, most: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = float(text)
-        if not (math.isfinite(value) and least <= value <= most):
-            raise ValueError
-        return value
-
-    number.__name__ = f"number from {least:g} to {most:g}"
-    return number
