@@ -1,4 +1,4 @@
-"""The command `convoy`: serve, predict, health. Parses words, prints answers; the work is elsewhere."""
+"""The command `convoy`: serve, predict, bench, tune, health. Parses words, prints answers; the work is elsewhere."""
 
 import argparse
 import http.client
@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from app import __version__
+from app.bench import cli as bench_cli
+from app.bench import tune as bench_tune
 from app.errors import BadRequestError, ConvoyError
 from app.settings import Settings, flag_of, variable_of
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-PREDICT_SETTINGS = ("models", "device", "default_model", "max_image_pixels")
-HEALTH_SETTINGS = ("host", "port", "probe_port")
+PREDICT_SETTINGS = ("settings", "models", "device", "default_model", "max_image_pixels")
+BENCH_SETTINGS = ("settings", "models")
+HEALTH_SETTINGS = ("settings", "host", "port", "probe_port")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +60,18 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     _add_settings(predict, PREDICT_SETTINGS)
     predict.set_defaults(run=_predict)
+
+    bench = commands.add_parser("bench", help="measure a running service", description=bench_cli.DESCRIPTION)
+    bench_cli.add_flags(bench)
+    _add_settings(bench, BENCH_SETTINGS)
+    bench.set_defaults(run=lambda options: bench_cli.run(options, _settings(options)))
+
+    tune = commands.add_parser(
+        "tune", help="find the best settings for this machine", description=bench_tune.DESCRIPTION
+    )
+    bench_tune.add_flags(tune)
+    _add_settings(tune, BENCH_SETTINGS)
+    tune.set_defaults(run=lambda options: bench_tune.run(options, _settings(options)))
 
     health = commands.add_parser(
         "health", help="exit 0 if the service is ready", description="Ask a running service whether it is ready."
@@ -121,8 +136,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _health(options: argparse.Namespace) -> int:
     settings = _settings(options)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.probe_port or settings.port}/readyz"
+    url = settings.local_url(settings.probe_port) + "/readyz"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a container's HTTP_PROXY is not for this
     try:
         answer = _answer_of(direct, url)

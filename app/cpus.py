@@ -1,4 +1,4 @@
-"""How many processors this process may really use.
+"""How many processors this process may really use, and what machine this is.
 
 Affinity and control-group quotas, versions 1 and 2; the host's count only bounds them. ONNX Runtime looks at neither
 (measured: 2 threads under `taskset -c 0`), so every thread count of the service starts here.
@@ -6,6 +6,7 @@ Affinity and control-group quotas, versions 1 and 2; the host's count only bound
 
 import math
 import os
+import platform
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -31,3 +32,18 @@ def cgroup_quota(root: Path = CGROUP_ROOT) -> float | None:
     except (OSError, ValueError):
         return None
     return None if microseconds <= 0 else microseconds / period_microseconds
+
+
+def machine() -> dict[str, str | int]:
+    """Return what a reader of measured figures wants to know: `cpu`, `usable_cpus` and `python`."""
+    return {"cpu": cpu_name(), "usable_cpus": usable_cpus(), "python": platform.python_version()}
+
+
+def cpu_name() -> str:
+    """Return the processor's name as Linux has it, elsewhere the machine's kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -39,15 +39,7 @@ class Classifier:
             BundleError: the bundle is damaged or does not reproduce its golden answers.
         """
         forbid_pillow_guesses()
-        entries = {entry.name: entry for entry in find_models(settings.models)}
-        name = name or default_of(entries, settings.default_model)
-        if not name:
-            raise UnknownModelError(f"No model is the default one: give --model, one of {', '.join(entries)}.")
-        if name not in entries:
-            raise UnknownModelError(
-                f"There is no model '{name}' in {settings.models}; there are: {', '.join(entries)}."
-            )
-        self.bundle: Bundle = read_bundle(entries[name].directory)
+        self.bundle = find_bundle(settings, name)
         verify_files(self.bundle)
         self._threads = settings.sessions or usable_cpus()
         self._session = OnnxSession(self.bundle.model_path, settings.device, settings.threads_per_session)
@@ -69,6 +61,23 @@ class Classifier:
         except OSError as error:
             return Answer(path, (), f"The file cannot be read: {error.strerror}.")
         return Answer(path, top_k(self._session.run(pixels[None])[0], manifest.labels, k))
+
+
+def find_bundle(settings: Settings, name: str | None) -> Bundle:
+    """Return the bundle of model `name` (None or empty: the default one) in the settings' models directory.
+
+    Raises:
+        SettingsError: the models directory is missing or empty.
+        UnknownModelError: there is no such model.
+        BundleError: its manifest cannot be read.
+    """
+    entries = {entry.name: entry for entry in find_models(settings.models)}
+    name = name or default_of(entries, settings.default_model)
+    if not name:
+        raise UnknownModelError(f"No model is the default one: give --model, one of {', '.join(entries)}.")
+    if name not in entries:
+        raise UnknownModelError(f"There is no model '{name}' in {settings.models}; there are: {', '.join(entries)}.")
+    return read_bundle(entries[name].directory)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:

@@ -1,10 +1,12 @@
 """Every knob of the service: name with unit, default, why.
 
-One field here is a flag (`--max-batch`), an environment variable (`CONVOY_MAX_BATCH`) and a row of docs/settings.md.
-Flags win over the environment. An unknown `CONVOY_` name is an error, never ignored.
+One field here is a flag (`--max-batch`), an environment variable (`CONVOY_MAX_BATCH`), a name in a settings file
+(`max_batch = 16`) and a row of README. Flags win over the environment, and that over the file. An unknown name is an
+error wherever it stands, never ignored.
 """
 
 import difflib
+import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,6 +23,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    settings: str = Field(
+        default="", description="File of settings, `name = value` in TOML; flags and environment win over it."
+    )
     host: str = Field(
         default="127.0.0.1", description="Address to listen on. Containers set 0.0.0.0; a laptop stays private."
     )
@@ -143,12 +148,19 @@ class Settings(BaseModel):
             limits[name] = int(limit)
         return limits
 
+    def local_url(self, port: int = 0) -> str:
+        """Return where a service with these settings answers on this machine; `port`: on another one of its ports."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{port or self.port}"
+
     @classmethod
     def from_sources(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Self:
-        """Read settings from `CONVOY_…` variables and flags (field name → value); flags win.
+        """Read settings from `CONVOY_…` variables, flags (field name → value) and the file that one of them names.
+
+        Flags win over the environment, the environment over the file, the file over defaults.
 
         Raises:
-            SettingsError: an unknown name or an impossible value; the sentence names the variable or flag.
+            SettingsError: an unknown name or an impossible value; the sentence names the variable, flag or file.
         """
         values: dict[str, Any] = {}
         origin: dict[str, str] = {}
@@ -163,6 +175,12 @@ class Settings(BaseModel):
         for field, value in (flags or {}).items():
             values[field] = value
             origin[field] = flag_of(field)
+        if values.get("settings"):
+            file = str(values["settings"])
+            for field, value in _read_file(file, cls.model_fields).items():
+                if field not in values:
+                    values[field] = value
+                    origin[field] = f"{file}: {field}"
         for field, value in values.items():
             if value == "":  # an unset ${X} of a compose file; as a host it would mean every address
                 raise SettingsError(f"{origin[field]} is empty: give it a value, or leave it out.")
@@ -182,6 +200,24 @@ def flag_of(field: str) -> str:
 def variable_of(field: str) -> str:
     """Return the environment variable of a field: `max_batch` → `CONVOY_MAX_BATCH`."""
     return ENVIRONMENT_PREFIX + field.upper()
+
+
+def _read_file(file: str, fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the settings of a TOML file, whose names are fields and whose values are not yet checked."""
+    try:
+        found = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"The settings file {file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise SettingsError(f"The settings file {file} is not TOML: {error}.") from error
+    for name, value in found.items():
+        if name == "settings" or name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`convoy serve --help` lists all settings."
+            raise SettingsError(f"{file}: {name} is no setting of a file: {hint}")
+        if isinstance(value, dict | list):
+            raise SettingsError(f"{file}: {name} is a table or a list: a setting is one value.")
+    return found
 
 
 def _unknown_variable(variable: str, fields: Mapping[str, object]) -> str:

@@ -5,7 +5,6 @@ python -m benchmarks.costs              # a table, and benchmarks/results/costs.
 
 import io
 import json
-import platform
 import statistics
 import threading
 import time
@@ -15,11 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app.cpus import usable_cpus
+from app.cpus import machine
 from app.images import decode
 from app.manifest import Bundle, PixelRecipe, read_bundle
 from app.sessions import OnnxSession
-from benchmarks.serving import cpu_name
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 2.0
@@ -34,7 +32,7 @@ def main() -> None:
     small = PixelRecipe(height=32, width=32, resize_short_side=32)
     report = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_name(), "usable_cpus": usable_cpus(), "python": platform.python_version()},
+        "machine": machine(),
         "milliseconds": {
             f"JPEG 500×375, {len(web) // 1000} kB: decode, resize, then crop": ms(lambda: resize_then_crop(web)),
             "the same: crop first": ms(lambda: decode(web, full)),

@@ -12,6 +12,41 @@ def test_flags_beat_the_environment_which_beats_the_default():
     assert (settings.port, settings.host, settings.models) == (9001, "0.0.0.0", Path("models"))
 
 
+def test_a_file_beats_the_default_and_nothing_else(tmp_path):
+    file = tmp_path / "convoy.toml"
+    file.write_text('port = 9000\nhost = "0.0.0.0"\nmax_batch = 8\naccess_log = false\nlinger_ms = 1.5\n')
+    environment = {"CONVOY_HOST": "127.0.0.2", "CONVOY_SETTINGS": str(file)}
+    settings = Settings.from_sources(environment, {"max_batch": "4"})
+    assert (settings.port, settings.host, settings.max_batch) == (9000, "127.0.0.2", 4)
+    assert (settings.access_log, settings.linger_ms) == (False, 1.5)
+    other = tmp_path / "other.toml"
+    other.write_text("port = 9001\n")
+    assert Settings.from_sources(environment, {"settings": str(other)}).port == 9001
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("max_bach = 8", "convoy.toml: max_bach is no setting of a file: did you mean max_batch?"),
+        ("CONVOY_PORT = 1", "convoy.toml: CONVOY_PORT is no setting of a file"),
+        ('settings = "other.toml"', "convoy.toml: settings is no setting of a file"),
+        ("[port]\nnumber = 1", "convoy.toml: port is a table or a list"),
+        ("max_batch = 0", "convoy.toml: max_batch cannot be 0: "),
+        ('host = ""', "convoy.toml: host is empty"),
+        ("max_batch: 8", "convoy.toml is not TOML: "),
+        (b"\xff", "convoy.toml is not TOML: "),
+        (None, "convoy.toml cannot be read: No such file or directory"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_with_its_name(tmp_path, content, sentence):
+    file = tmp_path / "convoy.toml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_sources({"CONVOY_SETTINGS": str(file)})
+    assert sentence in caught.value.message and "\n" not in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
