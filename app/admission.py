@@ -21,8 +21,10 @@ Clock = Callable[[], float]
 
 BURST_S = 0.25
 """How long a model may be above its queue target before anybody is turned away for that."""
-RATE_WINDOW_S = 2.0
 RATE_STEP_S = 0.05
+RISE_S, FALL_S = 0.2, 2.0
+"""Time constants of the measured rate. A few requests cannot show what many could have: what was reached counts for a
+while, so that the first after a quiet time are not turned away for it."""
 MAX_RETRY_AFTER_S = 30
 
 
@@ -44,10 +46,7 @@ class Limits:
 
 
 class DrainRate:
-    """Images finished per second *while there was work*: what a model can do here, not what it is asked for.
-
-    Weighted towards the last two busy seconds.
-    """
+    """Images finished per second *while there was work*: what a model can do here, not what it is asked for."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self.per_second = 0.0
@@ -69,7 +68,8 @@ class DrainRate:
         self._finished += images
         if self._busy_s >= RATE_STEP_S and self._finished:
             measured = self._finished / self._busy_s
-            weight = 1 - math.exp(-self._busy_s / RATE_WINDOW_S) if self.per_second else 1.0
+            window_s = RISE_S if measured > self.per_second else FALL_S
+            weight = 1 - math.exp(-self._busy_s / window_s) if self.per_second else 1.0
             self.per_second += weight * (measured - self.per_second)
             self._finished, self._busy_s = 0, 0.0
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from app.cpus import step_back
 from app.errors import ConvoyError, InferenceError, UnavailableError
 from app.metrics import ModelMetrics, Number
 from app.sessions import Session
@@ -336,6 +337,7 @@ class Batcher:
                 log.warning("session is stuck", extra={"session": thread.name})
 
     def _serve_loop(self, session: Session, number: int) -> None:
+        step_back()
         busy = self._metrics.busy(session.provider, number)
         while (batch := self._line.take()) is not None:
             started = self._clock()

@@ -7,8 +7,11 @@ Affinity and control-group quotas, versions 1 and 2; the host's count only bound
 import math
 import os
 import platform
+import threading
+from contextlib import suppress
 from pathlib import Path
 
+COMPUTING_NICENESS = int(os.environ.get("XNICE","5"))
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -47,3 +50,9 @@ def cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def step_back() -> None:
+    """Have the scheduler prefer the event loop, and whatever else is short, to the calling thread, which computes."""
+    with suppress(AttributeError, OSError):  # not Linux; or not allowed
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTING_NICENESS)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from app.admission import Admission, Ticket
 from app.batcher import DEFAULT_URGENCY
+from app.cpus import step_back
 from app.errors import ConvoyError, TooLargeError
 from app.images import count_pixels, decode
 from app.manifest import PixelRecipe
@@ -96,7 +97,7 @@ class LocalEngine:
         self._repository = repository
         self._admission = admission
         self._max_image_pixels = max_image_pixels
-        self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode", initializer=step_back)
 
     def model(self, name: str | None) -> LoadedModel:
         """See `Engine.model`."""

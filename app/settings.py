@@ -87,7 +87,7 @@ class Settings(BaseModel):
         description="Images of single models inside at once, as in imagenet=64,pets=200; others share the whole.",
     )
     queue_target_ms: float = Field(
-        default=100.0,
+        default=1000.0,
         ge=0,
         le=3_600_000,
         description="Under lasting overload, requests that would wait longer get 429. 0: only the limits count.",
