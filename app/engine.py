@@ -163,10 +163,10 @@ class LocalEngine:
             return await job.answer
         finally:
             stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
-            if job.taken:
-                ticket.stage = "infer"
             if job.waiting_rows:
                 model.batcher.abandon(job)
+            if job.taken:  # only now: until it was abandoned, a session may have taken it
+                ticket.stage = "infer"
 
 
 def _decode_small(images: Sequence[bytes], recipe: PixelRecipe) -> NDArray[np.uint8] | None:

@@ -73,7 +73,7 @@ def _probes(axes: "Axes", search: Search) -> None:
     for candidate in {tuple(trial.candidate.values()): trial.candidate for trial in probes}.values():
         mine = sorted((trial.asked, trial.p99_ms or 0) for trial in probes if trial.candidate == candidate)
         colour = "tab:orange" if candidate == search.best else "tab:blue"
-        axes.plot(*zip(*mine, strict=True), marker="o", markersize=3, color=colour, label=_named(candidate))
+        axes.plot(*zip(*mine, strict=True), marker="o", linestyle="none", color=colour, label=_named(candidate))
     axes.axhline(search.limit_ms, color="tab:red", linestyle="--", label=f"limit, {search.limit_ms:g} ms")
     axes.set(xlabel="requests per second, open loop", ylabel="p99 (ms)", yscale="log")
     axes.grid(alpha=0.3)

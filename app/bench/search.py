@@ -165,25 +165,30 @@ class Search:
             self.concurrency = Concurrency(rate, trial.mean_ms)
 
     def _ranked(self) -> list[Trial]:
-        """Return the closed-loop trials of the best two, by successive halving: fewer candidates, longer runs."""
+        """Return the best two's latest closed-loop trials, by successive halving: fewer candidates, longer runs."""
         seconds, share = min(COARSE_S, RUN_BUDGET * self.budget_s), 0.7 * COARSE_BUDGET
         first = self._closed(self.candidates[0], COARSE_CONNECTIONS, seconds)
         # So many requests are inside when the limit is just met (Little's law): that is the load to rank at.
         connections = min(max(round(first.requests_per_s * self.limit_ms / 1000), 4), 64)
-        left = list(self.candidates)
-        while True:
-            standing: list[Trial] = []
+        left, standing, rounds = list(self.candidates), [first] if first.requests_per_s else [], 0
+        while (rounds == 0 or len(left) > FINALISTS) and self.clock() < self._at(share):
+            measured: list[Trial] = []
             for candidate in left:
-                if standing and self.clock() >= self._at(share):
+                if measured and self.clock() >= self._at(share):
                     break
-                trial = self._closed(candidate, connections, seconds)
-                if trial.requests_per_s:
-                    standing.append(trial)
-            standing.sort(key=lambda trial: -trial.requests_per_s)
-            if len(standing) <= FINALISTS or self.clock() >= self._at(COARSE_BUDGET):
-                return standing[:FINALISTS]
-            left = [trial.candidate for trial in standing[: max(FINALISTS, math.ceil(len(standing) * SURVIVING))]]
-            seconds, share = seconds * 2, COARSE_BUDGET
+                measured.append(self._closed(candidate, connections, seconds))
+            # A round that the budget cut short leaves the others where the round before had them.
+            seen = [trial.candidate for trial in measured]
+            standing = measured + [
+                trial for trial in standing if trial.candidate in left and trial.candidate not in seen
+            ]
+            standing = sorted(
+                (trial for trial in standing if trial.requests_per_s), key=lambda each: -each.requests_per_s
+            )
+            standing = standing[: max(FINALISTS, math.ceil(len(standing) * SURVIVING))]
+            left = [trial.candidate for trial in standing]
+            seconds, share, rounds = seconds * 2, COARSE_BUDGET, rounds + 1
+        return standing[:FINALISTS]
 
     def _highest_rate(self, ranked: Trial, deadline: float) -> float:
         """Return the highest rate at which the candidate keeps the limit, by bisection; 0: none was found."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         f"{len(found)} candidates in {options.budget_s:g} s …"
     )
     interrupted = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends the search ends the service it started
     with Trials(bundle, images, options.p99) as trials:
         search = Search(found, trials, options.p99, options.budget_s, tell=lambda trial: console.print(_line(trial)))
         try:

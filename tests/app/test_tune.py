@@ -3,11 +3,13 @@ import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from app.bench import search
 from app.bench.search import Dimension, Search, Trial, candidates
+from app.bench.server import serving
 from app.bench.tune import sentences, settings_file, table
 from app.errors import SettingsError
 from app.settings import Settings
@@ -107,6 +109,26 @@ def test_the_budget_holds_and_what_it_left_out_is_told():
     assert "were not tried" in sentences(result)[-1]
 
 
+def test_a_round_that_is_cut_short_forgets_nobody():
+    """The budget ends while the survivors are measured again: there are two finalists all the same."""
+    measure = Simulated(by_batch, start_s=3.0)
+    result = found(measure, candidates(2), budget_s=200.0)
+    probed = {tuple(trial.candidate.values()) for trial in result.trials if trial.loop == "open"}
+    assert len(probed) == 2
+
+
+def test_a_machine_too_slow_for_a_ranking_gets_the_rate_of_its_defaults():
+    measure = Simulated(by_batch, start_s=30.0)
+    result = found(measure, candidates(2), budget_s=60.0)
+    assert result.best == candidates(2)[0] and result.untried == len(candidates(2)) - 1
+
+
+def test_few_candidates_need_no_ranking():
+    tried = candidates(2)[:2]
+    result = found(Simulated(by_batch), tried)
+    assert result.untried == 0 and result.best == max(tried, key=by_batch)
+
+
 def test_a_limit_that_nothing_keeps():
     measure = Simulated(by_batch)
     measure.open = lambda candidate, rate, seconds: Trial(candidate, "open", rate, rate, 900.0, 990.0, 0.0)
@@ -157,6 +179,24 @@ def test_the_settings_file_is_what_serve_reads(models, tmp_path):
     settings = Settings.from_sources({}, {"settings": str(file)})
     assert {name: getattr(settings, name) for name in result.best} == result.best
     assert "# Sustainable: " in file.read_text() and "Little's law" in file.read_text()
+
+
+def test_a_service_that_cannot_be_measured_says_why(models, tmp_path):
+    with (
+        pytest.raises(SettingsError, match="did not start: --max-batch cannot be '0'"),
+        serving(models, {"max_batch": 0}),
+    ):
+        pass
+    broken = make_bundle(tmp_path / "models").directory
+    (broken / "model.onnx").write_bytes(b"")
+    with pytest.raises(SettingsError, match="did not become ready: "), serving(tmp_path / "models"):
+        pass
+
+
+def test_a_service_of_ones_own_ends_with_its_block(models):
+    with serving(models, {"access_log": False, "default_model": "other"}) as server:
+        assert Path(f"/proc/{server.pid}").exists() and server.url.startswith("http://127.0.0.1:")
+    assert not Path(f"/proc/{server.pid}").exists()
 
 
 def tune(*arguments: object) -> subprocess.CompletedProcess[str]:
