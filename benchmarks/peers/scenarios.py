@@ -76,7 +76,7 @@ IMAGES: dict[str, Callable[[], bytes]] = {
 }
 
 PHOTO = {
-    "litserve": Setting(batch=4, wait_ms=2),
+    "litserve": Setting(batch=4),
     "mosec": Setting(batch=4, wait_ms=1),
     "triton": Setting(batch=4),
 }
