@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.manifest import Bundle
-from benchmarks.peers.runners.task import HOST, Decoder, Task
+from benchmarks.peers.runners.task import HOST, SHARED_PREFIX, Decoder, Task
 from benchmarks.peers.scenarios import ROOT, Setting
 
 RUNNERS = Path(__file__).parent / "runners"
+SHARED_MEMORY = Path("/dev/shm")
 PATHS = {"litserve": "/predict", "mosec": "/inference", "triton": "/v2/models/classifier/infer"}
 START_S = 90.0
-STOP_S = 15.0
+STOP_S = 6.0
+"""Triton needs 4 s; LitServe does not end at a SIGTERM to its first process, however long one waits."""
 ANSWER_S = 30.0
 
 
@@ -145,6 +147,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         gone_within(STOP_S, process)
     process.wait()
+    for left in SHARED_MEMORY.glob(f"{SHARED_PREFIX}{process.pid}-*"):
+        left.unlink(missing_ok=True)
 
 
 def gone_within(seconds: float, process: subprocess.Popen[bytes]) -> bool:

@@ -12,7 +12,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from task import HOST, Task, read_task
+from task import HOST, SHARED_PREFIX, Task, read_task
 
 RUNNERS = Path(__file__).resolve().parent
 CONFIG = """
@@ -42,7 +42,7 @@ def main() -> None:
         "--allow-metrics=false",
         "--exit-timeout-secs=2",
         "--log-info=false",
-        f"--backend-config=python,shm-region-prefix-name=peers-{os.getpid()}",
+        f"--backend-config=python,shm-region-prefix-name={SHARED_PREFIX}{os.getpid()}-",
     ]
     os.execve(command[0], command, environment(package))
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 PREFIX = "PEER_"
 HOST = "127.0.0.1"
+SHARED_PREFIX = "peers-"
+"""Of shared memory, before the process id: Triton does not always remove it, the driver does."""
 Decoder = Literal["plain", "convoy"]
 
 
