@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-COMPUTING_NICENESS = int(os.environ.get("XNICE","5"))
+COMPUTING_NICENESS = int(os.environ.get("XNICE", "5"))
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 

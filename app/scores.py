@@ -23,25 +23,28 @@ class Score:
     probability: float
 
 
-def best(probabilities: NDArray[np.float32], k: int) -> list[int]:
-    """Return the `k` most probable classes of float32 `[classes]`, best first; equal ones in class order."""
+def best(probabilities: NDArray[np.float32], k: int) -> list[tuple[int, float]]:
+    """Return the `k` most probable classes of float32 `[classes]` with their values, best first.
+
+    Equal ones come in class order.
+    """
     count = len(probabilities)
     if count <= FEW:
         values = probabilities.tolist()
-        return sorted(range(count), key=values.__getitem__, reverse=True)[:k]
+        return [(i, values[i]) for i in sorted(range(count), key=values.__getitem__, reverse=True)[:k]]
     if k < count:
         # The k-th largest value decides, so that ties at the edge go to the lower class index, as in a full sort.
         edge = np.partition(probabilities, count - k)[count - k]
         candidates = np.flatnonzero(probabilities >= edge)
     else:
         candidates = np.arange(count)
-    order: list[int] = candidates[np.argsort(-probabilities[candidates], kind="stable")][:k].tolist()
-    return order
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")][:k]
+    return list(zip(order.tolist(), probabilities[order].tolist(), strict=True))
 
 
 def top_k(probabilities: NDArray[np.float32], labels: Sequence[str], k: int) -> list[Score]:
     """Return the `k` most probable classes of float32 `[classes]` with their labels, best first."""
-    return [Score(labels[i], i, round(float(probabilities[i]), 6)) for i in best(probabilities, k)]
+    return [Score(labels[i], i, round(value, 6)) for i, value in best(probabilities, k)]
 
 
 class JsonWriter:
@@ -56,5 +59,4 @@ class JsonWriter:
     def write(self, probabilities: NDArray[np.float32], k: int) -> str:
         """Return `top_k` of float32 `[classes]` as JSON: `{"top":[{"label":…,"index":…,"probability":…},…]}`."""
         starts = self._starts
-        classes = ",".join([f"{starts[i]}{round(float(probabilities[i]), 6)!r}}}" for i in best(probabilities, k)])
-        return f'{{"top":[{classes}]}}'
+        return '{"top":[' + ",".join([f"{starts[i]}{round(p, 6)}}}" for i, p in best(probabilities, k)]) + "]}"

@@ -9,7 +9,6 @@ restart intervals, odd sizes, orientations), and cut and flipped copies, whose e
 import argparse
 import io
 import json
-import platform
 import statistics
 import threading
 import time
@@ -24,11 +23,10 @@ import simplejpeg
 from PIL import Image, features
 
 from app import jpeg
-from app.cpus import usable_cpus
+from app.cpus import machine
 from app.errors import ConvoyError
 from app.images import decode, decode_directly, decode_with_pillow
 from app.manifest import PixelRecipe
-from benchmarks.serving import cpu_name
 
 ROOT = Path(__file__).parent.parent
 SMALL = PixelRecipe(height=32, width=32, resize_short_side=32)
@@ -54,7 +52,7 @@ def main() -> None:
     chosen = photos[: arguments.photos]
     report = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_name(), "usable_cpus": usable_cpus(), "python": platform.python_version()},
+        "machine": machine(),
         "pillow": f"{version('pillow')}, libjpeg-turbo {features.version('libjpeg_turbo')}",
         "simplejpeg": version("simplejpeg"),
         "files as they are": compared(iter(files)),

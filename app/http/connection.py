@@ -1,16 +1,19 @@
-"""The connection under a prediction: uvicorn's HTTP/1.1, and the two things that ASGI has no cheap word for.
+"""The connection under a prediction: uvicorn's HTTP/1.1, and what ASGI has no cheap word for.
 
-In ASGI a task must wait for the news that a client left, and an answer goes out in two writes, each a system call.
-Here the news is a callback and the answer one write. Owns nothing else of HTTP, and idle connections.
+In ASGI a task must wait for the news that a client left, and an answer goes out in two writes, each a system call: here
+the news is a callback, and the answer one write. A prediction that arrives whole in one read, as small images do, gets
+its body without waiting for it. All else is uvicorn's.
 """
 
+import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Final, cast
 
-from starlette.types import Scope
+from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-EXTENSION = "convoy.exchange"
+EXTENSION: Final = "convoy.exchange"
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
 
 
 class Connection(HttpToolsProtocol):
@@ -20,11 +23,44 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self.on_leave: Callable[[], None] | None = None
         """Called when the client goes away."""
+        self._pieces: list[bytes] | None = None
+        """The body so far of a request that may arrive whole; None: the request is uvicorn's."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take what was read; a request that is not all there is handed to uvicorn."""
+        super().data_received(data)
+        if self._pieces is not None:
+            pieces, self._pieces = self._pieces, None
+            if not self.transport.is_closing():  # else it was no HTTP, and has been told so
+                self._start_waiting()
+                for piece in pieces:
+                    super().on_body(piece)
 
     def on_headers_complete(self) -> None:
-        """Start the request, as uvicorn does; its task runs later, and finds the exchange in its scope."""
-        super().on_headers_complete()
-        cast(dict[str, Any], self.scope)[EXTENSION] = Exchange(self, self.cycle)
+        """Start a request, or wait whether it arrives whole."""
+        if self._may_be_whole():
+            self._pieces = []
+        else:
+            self._start_waiting()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        if self._pieces is None:
+            super().on_body(body)
+        else:
+            self._pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        """Start a request that has arrived whole."""
+        if self._pieces is None:
+            super().on_message_complete()
+            return
+        pieces, self._pieces = self._pieces, None
+        whole = _WholeRequest(self, pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        cast(Any, self).cycle = whole
+        task = self.loop.create_task(whole.run(cast(ASGIApp, self.app)))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever works for this client."""
@@ -32,13 +68,102 @@ class Connection(HttpToolsProtocol):
         if self.on_leave is not None:
             self.on_leave()
 
+    def _may_be_whole(self) -> bool:
+        """Tell whether this is a prediction that nothing stands in the way of: no request before it, no handshake."""
+        url = self.url
+        return (
+            url.partition(b"?")[0].endswith(b"/predict")
+            and url[0] == 0x2F  # /
+            and not (b"%" in url or b"#" in url or self.expect_100_continue or self.parser.should_upgrade())
+            and (self.cycle is None or self.cycle.response_complete)
+            and self.parser.get_method() == b"POST"
+        )
+
+    def _start_waiting(self) -> None:
+        """Start a request as uvicorn does; its task runs later, and finds the exchange in its scope."""
+        super().on_headers_complete()
+        cast(dict[str, Any], self.scope)[EXTENSION] = Exchange(self, self.cycle)
+
+
+class _Nobody:
+    """Whom uvicorn tells that something has happened, where nobody waits for it."""
+
+    def set(self) -> None:
+        """Tell nobody."""
+
+
+class _WholeRequest:
+    """What uvicorn's cycle is, for a request that lies there with all its body."""
+
+    message_event = _Nobody()
+
+    __slots__ = ("_answer", "_body", "_connection", "_exchange", "disconnected", "keep_alive", "response_complete")
+
+    def __init__(self, connection: Connection, body: bytes) -> None:
+        self._connection = connection
+        self._body: bytes | None = body
+        self._answer: tuple[int, list[tuple[bytes, bytes]], bytes] | None = None
+        self._exchange = Exchange(connection, self)
+        parser = connection.parser
+        self.keep_alive = parser.get_http_version() == "1.1" and parser.should_keep_alive()
+        self.disconnected = False
+        self.response_complete = False
+
+    async def run(self, app: ASGIApp) -> None:
+        """Have the application answer; it turns every fault into an answer itself."""
+        connection = self._connection
+        path, _, query = connection.url.partition(b"?")
+        scope: Scope = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": connection.scheme,
+            "path": path.decode("ascii", "replace"),
+            "raw_path": path,
+            "query_string": query,
+            "root_path": "",
+            "headers": connection.headers,
+            "server": connection.server,
+            "client": connection.client,
+            "state": connection.app_state,
+            EXTENSION: self._exchange,
+        }
+        await app(scope, self.receive, self.send)
+
+    async def receive(self) -> Message:
+        """Return the body; after it there is only the end."""
+        body, self._body = self._body, None
+        if body is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        """Send an answer that comes as ASGI messages, once it is complete."""
+        if message["type"] == "http.response.start":
+            self._answer = message["status"], list(message.get("headers", ())), b""
+            return
+        assert self._answer is not None, "a body comes after its start"
+        status, headers, body = self._answer
+        body += message.get("body", b"")
+        if message.get("more_body", False):
+            self._answer = status, headers, body
+            return
+        lines: list[bytes] = []
+        for name, value in headers:
+            if name == b"connection":
+                self.keep_alive = False
+            elif name != b"content-length":
+                lines += (name, b": ", value, b"\r\n")
+        await self._exchange.answer(status, b"".join(lines), body)
+
 
 class Exchange:
     """One request and its answer, on their connection."""
 
     __slots__ = ("_connection", "_cycle")
 
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+    def __init__(self, connection: Connection, cycle: RequestResponseCycle | _WholeRequest) -> None:
         self._connection = connection
         self._cycle = cycle
 
@@ -48,13 +173,13 @@ class Exchange:
 
     async def answer(self, status: int, headers: bytes, body: bytes) -> None:
         """Send a whole answer; `headers` are lines that end in CRLF, without Content-Length and Date."""
-        cycle = self._cycle
-        if cycle.flow.write_paused and not cycle.disconnected:
-            await cycle.flow.drain()
+        connection, cycle = self._connection, self._cycle
+        if connection.flow.write_paused and not cycle.disconnected:
+            await connection.flow.drain()
         if cycle.disconnected:
             return
         lines = [STATUS_LINE[status]]
-        for name, value in cycle.default_headers:
+        for name, value in connection.server_state.default_headers:
             if name == b"connection":  # the service drains, and closes each connection with its answer
                 cycle.keep_alive = False
             else:
@@ -62,12 +187,15 @@ class Exchange:
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
         lines += (headers, b"content-length: %d\r\n\r\n" % len(body), body)
-        cycle.response_started = cycle.response_complete = True
-        cycle.transport.write(b"".join(lines))
+        if isinstance(cycle, RequestResponseCycle):
+            cycle.response_started = True
+        cycle.response_complete = True
+        transport: asyncio.Transport = connection.transport
+        transport.write(b"".join(lines))
         cycle.message_event.set()
         if not cycle.keep_alive:
-            cycle.transport.close()
-        cycle.on_response()
+            transport.close()
+        connection.on_response_complete()
 
 
 def exchange_of(scope: Scope) -> Exchange:

@@ -12,7 +12,6 @@ import argparse
 import fcntl
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,8 @@ import onnxruntime
 import PIL
 
 import app
-from app.cpus import usable_cpus
+from app import cpus
+from app.bench.ceiling import measure_ceiling
 from app.images import decode
 from app.manifest import Bundle, read_bundle
 from app.sessions import OnnxSession
@@ -37,7 +37,6 @@ from benchmarks.networks import resnet50
 from benchmarks.peers.load import Figures, LoadError, measure, require_wrk
 from benchmarks.peers.scenarios import IMAGES, ROOT, SCENARIOS, Scenario
 from benchmarks.peers.servers import Launch, PeerError, convoy, end_servers_when_ended, peer, serving
-from benchmarks.serving import ceiling_per_s, cpu_name
 
 RESULTS = ROOT / "benchmarks/results/peers.json"
 PYTHON = ROOT / ".venv-peers/bin/python"
@@ -45,6 +44,7 @@ PACKAGES = ("litserve", "mosec", "nvidia-pytriton", "onnxruntime", "pillow", "nu
 TURNS = 3
 SECONDS = 8.0
 WARM_UP_S = 2.0
+CEILING_S = 4.0
 CONVOY, CEILING = "Convoy", "bare loop"
 OURS = ", Convoy's decoder"
 
@@ -67,10 +67,7 @@ class Entrant:
 def main() -> None:
     options = parse()
     end_servers_when_ended()
-    machine = {
-        "cpu": cpu_name(),
-        "usable_cpus": usable_cpus(),
-        "python": platform.python_version(),
+    machine = cpus.machine() | {
         "wrk": require_wrk(),
         "convoy": {"version": app.__version__, "onnxruntime": onnxruntime.__version__, "pillow": PIL.__version__},
         "peers": versions(options.python),
@@ -149,12 +146,9 @@ def take_turn(
 
 
 def ceiling(bundle: Bundle, encoded: Sequence[bytes], lock: Path | None) -> float:
-    """Images per second of the bare loop; several images in turns take the sum of their times."""
-    rates = []
-    for image in encoded:
-        with locked(lock):
-            rates.append(ceiling_per_s(bundle, image))
-    return statistics.harmonic_mean(rates)
+    """Images per second of the bare loop over the images in turns."""
+    with locked(lock):
+        return measure_ceiling(bundle, encoded, CEILING_S).images_per_s
 
 
 def conclude(
