@@ -21,6 +21,8 @@ Clock = Callable[[], float]
 
 BURST_S = 0.25
 """How long a model may be above its queue target before anybody is turned away for that."""
+HELD_S = 0.02
+"""What the queue of an overloaded model may take, seconds: little, but enough to fill the batches of a fast one."""
 RATE_STEP_S = 0.05
 RISE_S, FALL_S = 0.2, 2.0
 """Time constants of the measured rate. A few requests cannot show what many could have: what was reached counts for a
@@ -116,17 +118,20 @@ class Lane:
             )
 
     def _is_overloaded(self, now: float, wait_s: float) -> bool:
-        """Tell a standing queue from a burst.
+        """Tell a standing queue from a burst, and from clients that each wait for their answer.
 
-        A burst may go above the target; a queue that stays above it, or comes back to it while others are still being
-        turned away, may not.
+        A queue that stays above the target is an overload. From then on it is held short, so that those who are let in
+        are served about as fast as ever, until for a while nobody had to be turned away.
         """
+        if now - self._refused_at < BURST_S:
+            self._above_since = None
+            return wait_s > min(HELD_S, self._target_s)
         if not self._target_s or wait_s <= self._target_s:
             self._above_since = None
             return False
         if self._above_since is None:
             self._above_since = now
-        return now - self._above_since >= BURST_S or now - self._refused_at < BURST_S
+        return now - self._above_since >= BURST_S
 
     def hold(self, images: int) -> None:
         """Count images that came in."""

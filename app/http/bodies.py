@@ -80,25 +80,24 @@ class Head:
             BadRequestError: Timeout-Ms is no whole number above 0.
         """
         head = cls()
-        for name, value in scope["headers"]:
-            if name == b"content-type":
-                head.content_type = value.decode("latin-1")
-            elif name == b"content-length":
-                head.content_length = int(value)  # the server refuses what is not a number
-            elif name == b"content-encoding":
-                head.content_encoding = value.decode("latin-1").lower()
-            elif name == b"expect":
-                head.waits_for_100 = value.lower() == b"100-continue"
-            elif name == b"priority":
-                if found := _URGENCY.search(value):  # RFC 9218: what cannot be read is passed over
-                    head.urgency = int(found[1])
-            elif name == b"upgrade":
-                head.upgrade = value.decode("latin-1")
-            elif name == b"timeout-ms":
-                if not value.isdigit() or not int(value[:9]):
-                    shown = value[:40].decode("latin-1")
-                    raise BadRequestError(f"The header Timeout-Ms = {shown!r} is not a whole number above 0.")
-                head.timeout_ms = int(value[:9])
+        headers = dict(scope["headers"])
+        if value := headers.get(b"content-type"):
+            head.content_type = value.decode("latin-1")
+        if value := headers.get(b"content-length"):
+            head.content_length = int(value)  # the server refuses what is not a number
+        if value := headers.get(b"content-encoding"):
+            head.content_encoding = value.decode("latin-1").lower()
+        if value := headers.get(b"expect"):
+            head.waits_for_100 = value.lower() == b"100-continue"
+        if (value := headers.get(b"priority")) and (found := _URGENCY.search(value)):
+            head.urgency = int(found[1])  # RFC 9218: what cannot be read is passed over
+        if value := headers.get(b"upgrade"):
+            head.upgrade = value.decode("latin-1")
+        if (value := headers.get(b"timeout-ms")) is not None:
+            if not value.isdigit() or not int(value[:9]):
+                shown = value[:40].decode("latin-1")
+                raise BadRequestError(f"The header Timeout-Ms = {shown!r} is not a whole number above 0.")
+            head.timeout_ms = int(value[:9])
         return head
 
 

@@ -97,13 +97,12 @@ class _WholeRequest:
 
     message_event = _Nobody()
 
-    __slots__ = ("_answer", "_body", "_connection", "_exchange", "disconnected", "keep_alive", "response_complete")
+    __slots__ = ("_answer", "_body", "_connection", "disconnected", "keep_alive", "response_complete")
 
     def __init__(self, connection: Connection, body: bytes) -> None:
         self._connection = connection
         self._body: bytes | None = body
         self._answer: tuple[int, list[tuple[bytes, bytes]], bytes] | None = None
-        self._exchange = Exchange(connection, self)
         parser = connection.parser
         self.keep_alive = parser.get_http_version() == "1.1" and parser.should_keep_alive()
         self.disconnected = False
@@ -127,7 +126,7 @@ class _WholeRequest:
             "server": connection.server,
             "client": connection.client,
             "state": connection.app_state,
-            EXTENSION: self._exchange,
+            EXTENSION: Exchange(connection, self),
         }
         await app(scope, self.receive, self.send)
 
@@ -155,7 +154,7 @@ class _WholeRequest:
                 self.keep_alive = False
             elif name != b"content-length":
                 lines += (name, b": ", value, b"\r\n")
-        await self._exchange.answer(status, b"".join(lines), body)
+        await Exchange(self._connection, self).answer(status, b"".join(lines), body)
 
 
 class Exchange:

@@ -6,6 +6,7 @@ FastAPI's all the same, for the OpenAPI document and for wrong methods.
 
 import json
 import time
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -87,18 +88,18 @@ class Predictor:
     async def _classify(self, name: str | None, scope: Scope, receive: Receive, exchange: Exchange) -> None:
         trace = trace_of(scope)
         model = self._engine.model(name)
-        trace.model, trace.version = model.manifest.name, model.manifest.version
+        form = self._forms.get(model) or self._forms.setdefault(model, _Form(model))
+        trace.model, trace.version = form.name, form.version
         head = Head.of(scope)
         query = scope["query_string"]
-        k = _wanted_top_k(query, len(model.manifest.labels)) if query else DEFAULT_TOP_K
-        deadline = trace.started + min(head.timeout_ms or self._timeout_ms, self._timeout_ms) / 1000
-        with self._engine.admit(model, deadline, head.urgency) as ticket:
+        k = _wanted_top_k(query, form.classes) if query else DEFAULT_TOP_K
+        timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
+        with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
             exchange.on_leave(ticket.abandon)
             images = await read_images(head, receive, ticket, self._limits)
             trace.images = len(images)
             prediction = await self._engine.classify(model, images, ticket)
         started = time.monotonic()
-        form = self._forms.get(model) or self._forms.setdefault(model, _Form(model))
         headers, body = form.fill(prediction, k, trace.request_id)
         model.metrics.post.observe(time.monotonic() - started)
         trace.status = HTTPStatus.OK
@@ -110,6 +111,8 @@ class _Form:
 
     def __init__(self, model: LoadedModel) -> None:
         manifest = model.manifest
+        self.name, self.version = manifest.name, manifest.version
+        self.classes = len(manifest.labels)
         self._writer = JsonWriter(manifest.labels)
         self._start = json.dumps({"model": manifest.name, "version": manifest.version}, separators=(",", ":"))[:-1]
         self._headers = (
@@ -141,17 +144,10 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
-        if scope["type"] == "http" and scope["method"] == "POST":
-            path: str = scope["path"]
-            if path == ROUTE:
-                trace_of(scope).route = ROUTE
-                await self._predictor.answer(None, scope, receive, send)
-                return
-            name = path.removeprefix(_MODEL_PREFIX).removesuffix(_MODEL_SUFFIX)
-            if path == f"{_MODEL_PREFIX}{name}{_MODEL_SUFFIX}" and name and "/" not in name:
-                trace_of(scope).route = MODEL_ROUTE
-                await self._predictor.answer(name, scope, receive, send)
-                return
+        if scope["type"] == "http" and scope["method"] == "POST" and (way := _way_of(scope["path"])):
+            trace_of(scope).route, name = way
+            await self._predictor.answer(name, scope, receive, send)
+            return
         if scope["type"] == "http" and scope["method"] == "HEAD":
             await self._head(scope, receive, send)
         else:
@@ -162,6 +158,17 @@ class Front:
         as_get = {**scope, "method": "GET"}
         await self._app(as_get, receive, send)
         scope["route"] = as_get.get("route")
+
+
+@lru_cache(maxsize=1024)
+def _way_of(path: str) -> tuple[str, str | None] | None:
+    """Return route and model's name of a prediction's path; None: it is none."""
+    if path == ROUTE:
+        return ROUTE, None
+    name = path.removeprefix(_MODEL_PREFIX).removesuffix(_MODEL_SUFFIX)
+    if name and "/" not in name and path == f"{_MODEL_PREFIX}{name}{_MODEL_SUFFIX}":
+        return MODEL_ROUTE, name
+    return None
 
 
 class _Direct(Response):
