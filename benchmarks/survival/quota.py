@@ -85,8 +85,10 @@ def _group(quota: float) -> Iterator[Path]:
 
 def _threads(service: Service) -> tuple[int, int]:
     """Return the sessions of the photo model, and the processors that the service says it plans for."""
-    series = f'convoy_session_busy_seconds_total{{model="{PHOTO}"'
-    sessions = sum(name.startswith(series) for name in service.metrics())
+    sessions = sum(
+        series.startswith("convoy_session_busy_seconds_total") and f'model="{PHOTO}"' in series
+        for series in service.metrics()
+    )
     return sessions, int(service.lines("ready")[0]["cpus"])
 
 

@@ -121,12 +121,14 @@ def growth_of(earlier: Mapping[str, float], later: Mapping[str, float]) -> dict[
     return {series: value - earlier.get(series, 0.0) for series, value in later.items()}
 
 
-def creep(times_s: Sequence[float], values: Sequence[float], warm_up_s: float, span_s: float) -> float:
-    """Return by which share the mean of the last `span_s` is above that of the first `span_s` after the warm-up."""
+def first_and_last(
+    times_s: Sequence[float], values: Sequence[float], warm_up_s: float, span_s: float
+) -> tuple[float, float]:
+    """Return the means of the first `span_s` after the warm-up, and of the last `span_s`."""
     times, sizes = np.asarray(times_s), np.asarray(values)
     first = sizes[(times >= warm_up_s) & (times < warm_up_s + span_s)]
     last = sizes[times >= times[-1] - span_s]
-    return float(last.mean() / first.mean() - 1)
+    return float(first.mean()), float(last.mean())
 
 
 @dataclass(frozen=True)
