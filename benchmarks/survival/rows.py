@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_S = 0.25
+NORMAL_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,18 @@ def recovery_s(
 ) -> float:
     """Return when latencies are normal again, in seconds since `due_s` counts; infinite: not in this time.
 
-    Normal is a quarter of a second whose requests were all accepted, nine of ten within `normal_ms`, and after which
-    no other kind comes.
+    Normal is a second whose quarters are all so: every request accepted, nine of ten within `normal_ms`.
     """
-    since = float("inf")
+    normal_for = 0
     for window in range(int(np.ceil(due_s.max() / WINDOW_S)) if due_s.size else 0):
         here = (due_s >= window * WINDOW_S) & (due_s < (window + 1) * WINDOW_S)
         if not here.any():
             continue
         good = (status[here] == 200).all() and np.quantile(latency_ms[here], 0.9, method="inverted_cdf") <= normal_ms
-        if not good:
-            since = float("inf")
-        elif since == float("inf"):
-            since = window * WINDOW_S
-    return since
+        normal_for = normal_for + 1 if good else 0
+        if normal_for == NORMAL_WINDOWS:
+            return (window + 1 - NORMAL_WINDOWS) * WINDOW_S
+    return float("inf")
 
 
 def went_backwards(earlier: Mapping[str, float], later: Mapping[str, float], counters: Iterable[str]) -> list[str]:

@@ -24,14 +24,21 @@ def windows(*latencies_ms, each=4, status=200):
 
 @pytest.mark.parametrize(
     ("latencies", "expected"),
-    [((10, 10, 10), 0), ((90, 90, 10, 10), 0.5), ((90, 10, 90, 10), 0.75), ((10, 10, 90), math.inf), ((), math.inf)],
+    [
+        ((10, 10, 10, 10), 0),
+        ((90, 90, 10, 10, 10, 10, 10), 0.5),
+        ((90, 10, 10, 10, 90, 10, 10, 10, 10, 90), 1.25),
+        ((10, 10, 10), math.inf),
+        ((90, 10, 10, 90, 10), math.inf),
+        ((), math.inf),
+    ],
 )
-def test_recovery_is_when_nothing_else_follows(latencies, expected):
+def test_recovery_is_the_first_normal_second(latencies, expected):
     assert rows.recovery_s(*windows(*latencies), normal_ms=20) == expected
 
 
 def test_refusals_are_not_normal():
-    due, latency, status = windows(1, 1, 1)
+    due, latency, status = windows(1, 1, 1, 1, 1, 1)
     status[5] = 429
     assert rows.recovery_s(due, latency, status, normal_ms=20) == 0.5
 
