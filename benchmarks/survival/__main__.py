@@ -7,6 +7,7 @@ All of them take about 45 minutes, most of it the two soaks: `python -m benchmar
 import argparse
 import importlib
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,13 +31,15 @@ SCENARIOS = {
 }
 
 
-def main() -> None:
+def main() -> int:
+    """Run what is asked for; return 1 if a bar was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.survival", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="NAME")
     parser.add_argument("--seconds", type=float, metavar="N", help="of load in each scenario, instead of its own")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
     console = Console(highlight=False)
+    missed = False
     for name in options.only:
         console.print(f"[dim]{name}: {SCENARIOS[name]} …")
         finding = importlib.import_module(f"benchmarks.survival.{name}").run(
@@ -53,6 +56,8 @@ def main() -> None:
         }
         document = keep(options.output, name, entry)
         console.print(table({name: document[name]}))
+        missed |= any(row.met is False for row in finding.rows)
+    return int(missed)
 
 
 def keep(file: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,9 +79,10 @@ def table(document: Mapping[str, Mapping[str, Any]]) -> Table:
             shown.add_row(name, f"skipped: {entry['skipped']}")
         for row in entry["rows"]:
             met = {None: "", True: "yes", False: "[bold red]no"}[row["met"]]
-            shown.add_row(name, row["figure"], f"{row['value']:,.4g} {row['unit']}".strip(), row["bar"], met)
+            value = "none" if row["value"] is None else f"{row['value']:,.4g} {row['unit']}".strip()
+            shown.add_row(name, row["figure"], value, row["bar"], met)
     return shown
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,21 +18,28 @@ NORMAL_LOAD, OVERLOAD, AFTER_LOAD = 0.8, 2.0, 0.5
 
 
 def capacity_and_p99(url: str, connections: int, seconds: float) -> tuple[Report, Report]:
-    """Return the closed loop's report, and that of the open loop at 0.8 of what it did."""
+    """Return the closed loop's report, and that of the open loop at 0.8 of what it did: the middle one of three.
+
+    At that load a machine that stalls for a moment works its backlog off slowly, which would be in one run's p99.
+    """
     endpoint, requests = Endpoint.of(url, PHOTO), requests_of(url, PHOTO, photos())
     closed = measure(Plan(endpoint, requests, connections=connections, seconds=seconds))
     rate = NORMAL_LOAD * closed.requests_per_s
-    normal = measure(Plan(endpoint, requests, connections=OPEN_CONNECTIONS, rate=rate, seconds=seconds))
-    return closed, normal
+    plan = Plan(endpoint, requests, connections=OPEN_CONNECTIONS, rate=rate, seconds=seconds)
+    return closed, sorted((measure(plan) for _ in range(3)), key=p99_of)[1]
+
+
+def p99_of(report: Report) -> float:
+    """Return the p99 of accepted requests, ms; infinite where none was."""
+    return report.latency_ms.p99 if report.latency_ms else float("inf")
 
 
 def run(seconds: float = 60.0) -> Finding:
     """Measure capacity and the p99 at 0.8 of it, then overload the service, then ask it half of what it can do."""
     finding = Finding()
     with serving() as service:
-        closed, normal = capacity_and_p99(service.url, CLOSED_CONNECTIONS, min(10.0, seconds))
+        closed, normal = capacity_and_p99(service.url, CLOSED_CONNECTIONS, min(6.0, seconds))
         capacity = closed.requests_per_s
-        assert normal.latency_ms is not None
         before = service.metrics()
         with new_runner() as runner:
             loaded, after = runner.run(_overload(service.url, capacity, seconds))
@@ -41,15 +48,14 @@ def run(seconds: float = 60.0) -> Finding:
             for series, value in service.metrics().items()
             if series.startswith("convoy_rejected_total")
         }
-    p99_ms = loaded.latency_ms.p99 if loaded.latency_ms else float("inf")
-    recovered = recovery_s(
-        after.observed.due_s, after.observed.latency_ms, after.observed.status, normal.latency_ms.p99
-    )
+    normal_ms = p99_of(normal)
+    recovered = recovery_s(after.observed.due_s, after.observed.latency_ms, after.observed.status, normal_ms)
     finding.told("capacity, closed loop", capacity, "requests/s")
-    finding.told("p99 at 0.8 of capacity", normal.latency_ms.p99, "ms")
+    finding.told("p99 at 0.8 of capacity, median of three", normal_ms, "ms")
+    finding.at_least("offered load ÷ capacity", loaded.due / loaded.seconds / capacity, 0.98 * OVERLOAD)
     finding.at_least("accepted throughput ÷ capacity", loaded.requests_per_s / capacity, 0.9)
-    finding.at_most("p99 of accepted ÷ p99 at 0.8 of capacity", p99_ms / normal.latency_ms.p99, 2.0)
-    finding.at_most("p99 of rejections", loaded.rejected_p99_ms or 0.0, 10.0, "ms")
+    finding.at_most("p99 of accepted ÷ p99 at 0.8 of capacity", p99_of(loaded) / normal_ms, 2.0)
+    finding.at_most("p99 of rejections", loaded.rejected_p99_ms or float("nan"), 10.0, "ms")
     finding.exactly(
         "share of rejections with Retry-After", loaded.rejected_with_retry_after / max(loaded.rejected, 1), 1.0
     )

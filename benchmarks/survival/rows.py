@@ -3,6 +3,7 @@
 Pure functions: nothing here starts, sends or waits.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,8 @@ class Row:
     """One figure beside its bar; `met` None: a figure without a bar, shown for what the others mean."""
 
     figure: str
-    value: float
+    value: float | None
+    """None: there is none, which meets no bar."""
     unit: str
     bar: str
     met: bool | None
@@ -51,7 +53,8 @@ class Finding:
         self._add(figure, value, unit, "", None)
 
     def _add(self, figure: str, value: float, unit: str, bar: str, met: bool | None) -> None:
-        self.rows.append(Row(figure, round(float(value), 4), unit, bar, None if met is None else bool(met)))
+        known = round(float(value), 4) if math.isfinite(value) else None
+        self.rows.append(Row(figure, known, unit, bar, None if met is None else bool(met)))
 
 
 def shown(value: float) -> str:

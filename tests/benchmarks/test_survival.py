@@ -94,13 +94,15 @@ def test_bars():
     finding.at_least("d", math.nan, 0.9)
     finding.exactly("e", 1, 0)
     finding.told("f", 1)
-    assert [row.met for row in finding.rows] == [True, False, True, False, False, None]
-    assert [row.bar for row in finding.rows] == ["≤ 2", "≤ 2", "≥ 0.9", "≥ 0.9", "= 0", ""]
+    finding.at_most("g", math.inf, 2.0)
+    assert [row.met for row in finding.rows] == [True, False, True, False, False, None, False]
+    assert [row.bar for row in finding.rows] == ["≤ 2", "≤ 2", "≥ 0.9", "≥ 0.9", "= 0", "", "≤ 2"]
+    assert [row.value for row in finding.rows] == [2, 2.01, 0.9, None, 1, 1, None], "JSON knows no infinity"
 
 
 def test_one_scenario_leaves_the_others_figures(tmp_path):
     file = tmp_path / "survival.json"
-    row = vars(rows.Row("a", 1.0, "ms", "≤ 2", True))
+    row = vars(rows.Row("a", None, "ms", "≤ 2", False))
     survival.keep(file, "soak", {"skipped": "", "rows": [row]})
     survival.keep(file, "overload", {"skipped": "", "rows": []})
     document = survival.keep(file, "overload", {"skipped": "no such thing here", "rows": []})
