@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cpus import machine
+from benchmarks.survival.rows import shown as number
 
 RESULTS = Path(__file__).parents[1] / "results/survival.json"
 SCENARIOS = {
@@ -79,7 +80,7 @@ def table(document: Mapping[str, Mapping[str, Any]]) -> Table:
             shown.add_row(name, f"skipped: {entry['skipped']}")
         for row in entry["rows"]:
             met = {None: "", True: "yes", False: "[bold red]no"}[row["met"]]
-            value = "none" if row["value"] is None else f"{row['value']:,.4g} {row['unit']}".strip()
+            value = "none" if row["value"] is None else f"{number(row['value'])} {row['unit']}".strip()
             shown.add_row(name, row["figure"], value, row["bar"], met)
     return shown
 
