@@ -10,10 +10,10 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers clean
+.PHONY: help run test training lint format bench bench-peers bench-survival clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 run: $(VENV)/.serve ## serve the models of models/ on http://127.0.0.1:8000 (CONVOY_PORT=9000 make run)
 	@exec $(BIN)/convoy serve
@@ -37,6 +37,9 @@ bench: $(VENV)/.dev ## measure the service here: throughput, latency, and agains
 
 bench-peers: $(VENV)/.dev $(PEERS)/.installed ## measure the service beside LitServe, mosec and Triton, in turns; needs wrk
 	$(BIN)/python -m benchmarks.peers
+
+bench-survival: $(VENV)/.dev ## overload, leaving clients, kills, signals, quotas and two soaks: 45 minutes (ARGS="--only overload")
+	$(BIN)/python -m benchmarks.survival $(ARGS)
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(PEERS) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,7 +1,8 @@
 """How many processors this process may really use, and what machine this is.
 
-Affinity and control-group quotas, versions 1 and 2; the host's count only bounds them. ONNX Runtime looks at neither
-(measured: 2 threads under `taskset -c 0`), so every thread count of the service starts here.
+Affinity and control-group quotas, versions 1 and 2, of this process's group and of its parents; the host's count only
+bounds them. ONNX Runtime looks at neither (measured: 2 threads under `taskset -c 0`), so every thread count of the
+service starts here.
 """
 
 import math
@@ -13,25 +14,63 @@ from pathlib import Path
 
 COMPUTING_NICENESS = int(os.environ.get("XNICE", "5"))
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
-def usable_cpus(cgroup_root: Path = CGROUP_ROOT) -> int:
+def usable_cpus(root: Path = CGROUP_ROOT, own_groups: Path = OWN_GROUPS) -> int:
     """Return the number of processors to plan threads for: at least 1, quota rounded up, never above the affinity."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_quota(cgroup_root)
+    quota = cgroup_quota(root, own_groups)
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
-def cgroup_quota(root: Path = CGROUP_ROOT) -> float | None:
-    """Return the control group's CPU quota in processors (1.5 = one and a half), or None where there is none."""
+def cgroup_quota(root: Path = CGROUP_ROOT, own_groups: Path = OWN_GROUPS) -> float | None:
+    """Return the CPU quota in processors (1.5 = one and a half), or None where there is none.
+
+    A group is also held by what its parents may use, so the smallest quota of all counts.
+
+    Args:
+        root: where the control groups are mounted.
+        own_groups: the kernel's list of the groups that this process is in.
+    """
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        lines = own_groups.read_text().splitlines()
+    except OSError:
+        lines = []
+    quotas = [_quota_v2(root), _quota_v1(root / "cpu")]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            quotas += map(_quota_v2, _groups(root, path))
+        elif "cpu" in controllers.split(","):
+            quotas += map(_quota_v1, _groups(root / "cpu", path))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _groups(mount: Path, path: str) -> list[Path]:
+    """Return the directories of a group and of its parents below `mount`.
+
+    In a container the mount is often the process's own group, and the path the host's: what is then looked for below
+    the mount is not there, and the mount itself counts. Nor is a group above the mount, `/../…`, to be seen.
+    """
+    parts = [part for part in path.split("/") if part]
+    if ".." in parts:
+        return []
+    return [mount.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _quota_v2(group: Path) -> float | None:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
-        pass
+        return None
+
+
+def _quota_v1(group: Path) -> float | None:
     try:
-        microseconds = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
-        period_microseconds = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+        microseconds = int((group / "cpu.cfs_quota_us").read_text())
+        period_microseconds = int((group / "cpu.cfs_period_us").read_text())
     except (OSError, ValueError):
         return None
     return None if microseconds <= 0 else microseconds / period_microseconds

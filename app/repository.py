@@ -273,8 +273,15 @@ def check_graph(bundle: Bundle, session: OnnxSession) -> None:
 
 
 def warm_up(bundle: Bundle, session: Session, max_batch: int) -> None:
-    """Run every power of two up to `max_batch`, and `max_batch`, so that no request pays for a first run."""
+    """Run the batches that a session should have seen, so that no request pays for a first run.
+
+    A GPU picks its kernels for each size: every power of two up to `max_batch`, and that. On CPU what counts is the
+    memory of the largest: afterwards no size's first run costs more than its second (measured), and a replaced worker
+    is back 0.2 s sooner with EfficientNet-Lite0.
+    """
     pixels = bundle.manifest.pixels
-    sizes = {1 << power for power in range(max_batch.bit_length())} | {max_batch}
-    for rows in sorted(size for size in sizes if size <= max_batch):
+    sizes = {max_batch}
+    if session.provider != "cpu":
+        sizes |= {1 << power for power in range(max_batch.bit_length())}
+    for rows in sorted(sizes):
         session.run(np.zeros((rows, pixels.height, pixels.width, 3), np.uint8))
