@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 GARBAGE_THRESHOLD = 20_000
 """Allocations between two collections of the youngest garbage; Python's 700 are one request of a few images."""
+TICKS_A_SECOND = 10
 LAST_REQUEST_S = 0.5
 """How long an idle connection may still bring a request when the process drains.
 
@@ -210,6 +211,10 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, whether to stop."""
         self.service.show()
+        if counter % TICKS_A_SECOND == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                cast(Connection, connection).close_if_idle(now)
         return await super().on_tick(counter) or self.service.fault is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -113,15 +113,31 @@ async def read_images(head: Head, receive: Receive, ticket: Ticket, limits: Body
     """
     kind, boundary = _content_type(head)
     body = await _read(head, receive, ticket, limits.max_body_bytes)
+    if len(body) > PARSE_IN_THREAD_BYTES and kind not in RAW_TYPES:
+        return await asyncio.to_thread(_take_apart, head, kind, boundary, body, limits)
+    return _take_apart(head, kind, boundary, body, limits)
+
+
+def images_in(body: bytes, head: Head, ticket: Ticket, limits: BodyLimits) -> list[bytes]:
+    """Do what `read_images` does for a body that has been read, and is small.
+
+    Raises:
+        As `read_images`.
+    """
+    kind, boundary = _content_type(head)
+    if len(body) > limits.max_body_bytes:
+        raise _too_large(limits.max_body_bytes)
+    ticket.hold_bytes(len(body))
+    return _take_apart(head, kind, boundary, body, limits)
+
+
+def _take_apart(head: Head, kind: str, boundary: bytes, body: bytes, limits: BodyLimits) -> list[bytes]:
     if not body:
         raise _empty(head)
     if kind in RAW_TYPES:
         return [body]
     _refuse_too_many(kind, boundary, body, limits.max_images)
-    if len(body) > PARSE_IN_THREAD_BYTES:
-        images = await asyncio.to_thread(_parse, kind, boundary, body)
-    else:
-        images = _parse(kind, boundary, body)
+    images = _json_images(body) if kind == "application/json" else _form_files(body, boundary)
     if len(images) > limits.max_images:
         raise _too_many(limits.max_images)
     return images
@@ -145,6 +161,10 @@ def _refuse_too_many(kind: str, boundary: bytes, body: bytes, limit: int) -> Non
         too_many = bool(boundary) and body.count(b"--" + boundary) > limit + MAX_FORM_FIELDS
     if too_many:
         raise _too_many(limit)
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are taken.")
 
 
 def _too_many(limit: int) -> TooLargeError:
@@ -173,11 +193,10 @@ def _content_type(head: Head) -> tuple[str, bytes]:
 
 async def _read(head: Head, receive: Receive, ticket: Ticket, limit: int) -> bytes:
     """Read the body, held against the ticket as it arrives: a client that announces and does not send holds nothing."""
-    too_large = f"The body is too large: at most {limit:,} bytes are taken."
     if head.content_length > limit:
         if not head.waits_for_100:  # else the client has not sent it, and will not
             await _swallow(True, receive, SWALLOW_BODIES * limit)
-        raise BodyTooLargeError(too_large)
+        raise _too_large(limit)
     ticket.expect_bytes(head.content_length)
     chunks: list[bytes] = []
     size = 0
@@ -188,7 +207,7 @@ async def _read(head: Head, receive: Receive, ticket: Ticket, limit: int) -> byt
         if size > limit:
             chunks.clear()
             await _swallow(more, receive, SWALLOW_BODIES * limit)
-            raise BodyTooLargeError(too_large)
+            raise _too_large(limit)
         ticket.hold_bytes(len(chunk))
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -207,10 +226,6 @@ async def _swallow(more: bool, receive: Receive, limit: int) -> None:
     while more and size <= limit:
         chunk, more = await _receive_chunk(receive)
         size += len(chunk)
-
-
-def _parse(kind: str, boundary: bytes, body: bytes) -> list[bytes]:
-    return _json_images(body) if kind == "application/json" else _form_files(body, boundary)
 
 
 def _json_images(body: bytes) -> list[bytes]:

@@ -25,6 +25,31 @@ class Connection(HttpToolsProtocol):
         """Called when the client goes away."""
         self._pieces: list[bytes] | None = None
         """The body so far of a request that may arrive whole; None: the request is uvicorn's."""
+        self.idle_since = self.loop.time()
+
+    def on_message_begin(self) -> None:
+        """Begin a request; what uvicorn prepares for it waits until it is uvicorn's."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; without one, idle time begins, which `close_if_idle` ends instead of a timer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        else:
+            self.idle_since = self.loop.time()
+
+    def close_if_idle(self, now: float) -> None:
+        """Close the connection if for the keep-alive time there was no request, or no more than a part of its head."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and now - self.idle_since > self.timeout_keep_alive:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Take what was read; a request that is not all there is handed to uvicorn."""
@@ -58,9 +83,7 @@ class Connection(HttpToolsProtocol):
         pieces, self._pieces = self._pieces, None
         whole = _WholeRequest(self, pieces[0] if len(pieces) == 1 else b"".join(pieces))
         cast(Any, self).cycle = whole
-        task = self.loop.create_task(whole.run(cast(ASGIApp, self.app)))
-        task.add_done_callback(self.tasks.discard)
-        self.tasks.add(task)
+        whole.start(cast(ASGIApp, self.app))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever works for this client."""
@@ -81,6 +104,10 @@ class Connection(HttpToolsProtocol):
 
     def _start_waiting(self) -> None:
         """Start a request as uvicorn does; its task runs later, and finds the exchange in its scope."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers
         super().on_headers_complete()
         cast(dict[str, Any], self.scope)[EXTENSION] = Exchange(self, self.cycle)
 
@@ -97,7 +124,7 @@ class _WholeRequest:
 
     message_event = _Nobody()
 
-    __slots__ = ("_answer", "_body", "_connection", "disconnected", "keep_alive", "response_complete")
+    __slots__ = ("_answer", "_body", "_connection", "_task", "disconnected", "keep_alive", "response_complete")
 
     def __init__(self, connection: Connection, body: bytes) -> None:
         self._connection = connection
@@ -108,8 +135,17 @@ class _WholeRequest:
         self.disconnected = False
         self.response_complete = False
 
-    async def run(self, app: ASGIApp) -> None:
-        """Have the application answer; it turns every fault into an answer itself."""
+    def start(self, app: ASGIApp) -> None:
+        """Have the application answer, in a task that the server knows of until it is done."""
+        self._task = self._connection.loop.create_task(self._run(app))
+        self._connection.tasks.add(self._task)
+
+    def take_body(self) -> bytes | None:
+        """Return the body; None when it was taken before."""
+        body, self._body = self._body, None
+        return body
+
+    async def _run(self, app: ASGIApp) -> None:
         connection = self._connection
         path, _, query = connection.url.partition(b"?")
         scope: Scope = {
@@ -128,11 +164,15 @@ class _WholeRequest:
             "state": connection.app_state,
             EXTENSION: Exchange(connection, self),
         }
-        await app(scope, self.receive, self.send)
+        try:
+            await app(scope, self.receive, self.send)  # which turns every fault into an answer itself
+        finally:
+            connection.tasks.discard(self._task)
+            del self._task
 
     async def receive(self) -> Message:
         """Return the body; after it there is only the end."""
-        body, self._body = self._body, None
+        body = self.take_body()
         if body is None:
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": body, "more_body": False}
@@ -169,6 +209,11 @@ class Exchange:
     def on_leave(self, tell: Callable[[], None] | None) -> None:
         """Have `tell` called when the client goes away; None: nobody wants to know any more."""
         self._connection.on_leave = tell
+
+    def take_body(self) -> bytes | None:
+        """Return the body if it has arrived whole; None: it is to be received."""
+        cycle = self._cycle
+        return cycle.take_body() if isinstance(cycle, _WholeRequest) else None
 
     async def answer(self, status: int, headers: bytes, body: bytes) -> None:
         """Send a whole answer; `headers` are lines that end in CRLF, without Content-Length and Date."""

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.engine import Engine, Prediction
 from app.errors import AbandonedError, BadRequestError, ConvoyError
-from app.http.bodies import BodyLimits, Head, read_images
+from app.http.bodies import BodyLimits, Head, images_in, read_images
 from app.http.connection import Exchange, exchange_of
 from app.http.errors import send_error
 from app.http.observe import trace_of
@@ -96,7 +96,10 @@ class Predictor:
         timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
         with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
             exchange.on_leave(ticket.abandon)
-            images = await read_images(head, receive, ticket, self._limits)
+            if (body := exchange.take_body()) is not None:
+                images = images_in(body, head, ticket, self._limits)
+            else:
+                images = await read_images(head, receive, ticket, self._limits)
             trace.images = len(images)
             prediction = await self._engine.classify(model, images, ticket)
         started = time.monotonic()
