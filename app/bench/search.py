@@ -50,6 +50,7 @@ class Dimension:
 
 DIMENSIONS = (
     Dimension("sessions", lambda cpus: (cpus, cpus - 1, cpus // 2, cpus // 4, 1), takes_cpus=True),
+    Dimension("workers", lambda cpus: (1, cpus), takes_cpus=True),
     Dimension("threads_per_session", lambda cpus: (1, 2, 4, cpus), takes_cpus=True),
     Dimension("max_batch", lambda cpus: (16, 1, 4, 64)),
     Dimension("linger_ms", lambda cpus: (0.0, 4.0)),

@@ -54,9 +54,10 @@ def by_batch(candidate):
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 64])
 def test_candidates_keep_the_processors_busy_and_begin_with_the_defaults(cpus):
     tried = candidates(cpus)
-    assert tried[0] == {"sessions": cpus, "threads_per_session": 1, "max_batch": 16, "linger_ms": 0.0}
+    assert tried[0] == {"sessions": cpus, "workers": 1, "threads_per_session": 1, "max_batch": 16, "linger_ms": 0.0}
     for candidate in tried:
-        assert max(cpus - 1, 1) <= candidate["sessions"] * candidate["threads_per_session"] <= cpus
+        busy = candidate["workers"] * candidate["sessions"] * candidate["threads_per_session"]
+        assert max(cpus - 1, 1) <= busy <= cpus
         assert candidate["max_batch"] > 1 or not candidate["linger_ms"]
         Settings(**candidate)
     assert len({tuple(candidate.values()) for candidate in tried}) == len(tried) >= 7
@@ -69,10 +70,14 @@ def test_every_default_is_the_services_own():
 
 
 def test_another_dimension_is_one_line():
-    workers = Dimension("workers", lambda cpus: (1, cpus), takes_cpus=True)
-    tried = candidates(4, (*search.DIMENSIONS, workers))
-    assert {candidate["workers"] for candidate in tried} == {1, 4}
-    assert all(candidate["sessions"] == 1 for candidate in tried if candidate["workers"] == 4)
+    decoders = Dimension("decode_threads", lambda cpus: (0, cpus))
+    tried = candidates(4, (*search.DIMENSIONS, decoders))
+    assert {candidate["decode_threads"] for candidate in tried} == {0, 4}
+
+
+def test_several_workers_share_the_processors():
+    assert {candidate["workers"] for candidate in candidates(4)} == {1, 4}
+    assert all(candidate["sessions"] == 1 for candidate in candidates(4) if candidate["workers"] == 4)
 
 
 def test_the_best_settings_and_their_rate_are_found():
