@@ -41,9 +41,10 @@ def run(seconds: float = 60.0) -> Finding:
     with serving() as service:
         closed, normal = capacity_and_p99(service.url, CLOSED_CONNECTIONS, min(6.0, seconds))
         capacity = closed.requests_per_s
-        before = service.metrics()
+        before, foreign_s = service.metrics(), service.foreign_cpu_s()
         with new_runner() as runner:
             loaded, after = runner.run(_overload(service.url, capacity, seconds))
+        foreign = (service.foreign_cpu_s() - foreign_s) / (WARM_UP_S + seconds + AFTER_S)
         rejected = {
             series: value - before.get(series, 0)
             for series, value in service.metrics().items()
@@ -63,6 +64,7 @@ def run(seconds: float = 60.0) -> Finding:
     others = sum(loaded.statuses.values()) + sum(loaded.errors.values()) + loaded.unanswered
     finding.exactly("requests neither accepted nor rejected", others, 0)
     finding.at_most("normal latency again after", recovered, 2.0, "s")
+    finding.told("processors that others took meanwhile", foreign)
     finding.evidence = {
         "closed": _short(closed),
         "normal": _short(normal),
