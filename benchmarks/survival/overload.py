@@ -18,15 +18,16 @@ NORMAL_LOAD, OVERLOAD, AFTER_LOAD = 0.8, 2.0, 0.5
 
 
 def capacity_and_p99(url: str, connections: int, seconds: float) -> tuple[Report, Report]:
-    """Return the closed loop's report, and that of the open loop at 0.8 of what it did: the middle one of three.
+    """Return the closed loop's report, and that of the open loop at 0.8 of what it did: the best one of three.
 
-    At that load a machine that stalls for a moment works its backlog off slowly, which would be in one run's p99.
+    At that load a machine that stalls for a tenth of a second works its backlog off slowly: one run's p99 was 30 to
+    600 ms here, and a bar in multiples of 600 ms is none.
     """
     endpoint, requests = Endpoint.of(url, PHOTO), requests_of(url, PHOTO, photos())
     closed = measure(Plan(endpoint, requests, connections=connections, seconds=seconds))
     rate = NORMAL_LOAD * closed.requests_per_s
     plan = Plan(endpoint, requests, connections=OPEN_CONNECTIONS, rate=rate, seconds=seconds)
-    return closed, sorted((measure(plan) for _ in range(3)), key=p99_of)[1]
+    return closed, min((measure(plan) for _ in range(3)), key=p99_of)
 
 
 def p99_of(report: Report) -> float:
@@ -40,9 +41,10 @@ def run(seconds: float = 60.0) -> Finding:
     with serving() as service:
         closed, normal = capacity_and_p99(service.url, CLOSED_CONNECTIONS, min(6.0, seconds))
         capacity = closed.requests_per_s
-        before = service.metrics()
+        before, foreign_s = service.metrics(), service.foreign_cpu_s()
         with new_runner() as runner:
             loaded, after = runner.run(_overload(service.url, capacity, seconds))
+        foreign = (service.foreign_cpu_s() - foreign_s) / (WARM_UP_S + seconds + AFTER_S)
         rejected = {
             series: value - before.get(series, 0)
             for series, value in service.metrics().items()
@@ -51,7 +53,7 @@ def run(seconds: float = 60.0) -> Finding:
     normal_ms = p99_of(normal)
     recovered = recovery_s(after.observed.due_s, after.observed.latency_ms, after.observed.status, normal_ms)
     finding.told("capacity, closed loop", capacity, "requests/s")
-    finding.told("p99 at 0.8 of capacity, median of three", normal_ms, "ms")
+    finding.told("p99 at 0.8 of capacity, best of three", normal_ms, "ms")
     finding.at_least("offered load ÷ capacity", loaded.due / loaded.seconds / capacity, 0.98 * OVERLOAD)
     finding.at_least("accepted throughput ÷ capacity", loaded.requests_per_s / capacity, 0.9)
     finding.at_most("p99 of accepted ÷ p99 at 0.8 of capacity", p99_of(loaded) / normal_ms, 2.0)
@@ -62,6 +64,7 @@ def run(seconds: float = 60.0) -> Finding:
     others = sum(loaded.statuses.values()) + sum(loaded.errors.values()) + loaded.unanswered
     finding.exactly("requests neither accepted nor rejected", others, 0)
     finding.at_most("normal latency again after", recovered, 2.0, "s")
+    finding.told("processors that others took meanwhile", foreign)
     finding.evidence = {
         "closed": _short(closed),
         "normal": _short(normal),

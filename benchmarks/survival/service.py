@@ -61,6 +61,11 @@ class Service:
         """Return the resident memory of all its processes."""
         return sum(rss_bytes(pid) for pid in self.pids())
 
+    def foreign_cpu_s(self) -> float:
+        """Return the processor time that this machine has spent on neither the service nor this process, seconds."""
+        busy = sum(map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])) / os.sysconf("SC_CLK_TCK")
+        return busy - sum(map(cpu_s, (*self.pids(), os.getpid())))
+
     def descriptors(self) -> int:
         """Return the open file descriptors of all its processes."""
         return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.pids())
@@ -156,6 +161,12 @@ def rss_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
+
+
+def cpu_s(pid: int) -> float:
+    """Return the processor time that a process has taken, seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def peers_of(pid: int, url: str) -> set[int]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from app.bench.requests import Endpoint
 from benchmarks.survival import __main__ as survival
 from benchmarks.survival import material, rows
-from benchmarks.survival.service import peers_of, rss_bytes, samples_of
+from benchmarks.survival.service import cpu_s, peers_of, rss_bytes, samples_of
 
 
 def windows(*latencies_ms, each=4, status=200):
@@ -138,3 +139,9 @@ def test_the_clients_of_a_process_are_known_by_their_ports():
         with socket.create_connection(("127.0.0.1", port)) as client, server.accept()[0]:
             assert peers_of(os.getpid(), f"http://127.0.0.1:{port}") == {client.getsockname()[1]}
     assert rss_bytes(os.getpid()) > 1_000_000
+
+
+def test_processor_time_is_in_seconds():
+    while cpu_s(os.getpid()) == 0:
+        pass
+    assert abs(cpu_s(os.getpid()) - time.process_time()) < 0.5
