@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 EXTENSION: Final = "convoy.exchange"
-_ASGI = {"version": "3.0", "spec_version": "2.3"}
 
 
 class Connection(HttpToolsProtocol):
@@ -42,6 +41,7 @@ class Connection(HttpToolsProtocol):
             self._pieces = []
         else:
             self._start_waiting()
+        self.headers = []  # trailers go here: a header that comes after the body says nothing about the request
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -58,7 +58,8 @@ class Connection(HttpToolsProtocol):
         pieces, self._pieces = self._pieces, None
         whole = _WholeRequest(self, pieces[0] if len(pieces) == 1 else b"".join(pieces))
         cast(Any, self).cycle = whole
-        task = self.loop.create_task(whole.run(cast(ASGIApp, self.app)))
+        # Scope and URL now: when the task runs, they may be those of the next request in the same read.
+        task = self.loop.create_task(whole.run(cast(ASGIApp, self.app), cast(Scope, self.scope), self.url))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
 
@@ -108,26 +109,14 @@ class _WholeRequest:
         self.disconnected = False
         self.response_complete = False
 
-    async def run(self, app: ASGIApp) -> None:
+    async def run(self, app: ASGIApp, scope: Scope, url: bytes) -> None:
         """Have the application answer; it turns every fault into an answer itself."""
-        connection = self._connection
-        path, _, query = connection.url.partition(b"?")
-        scope: Scope = {
-            "type": "http",
-            "asgi": _ASGI,
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": connection.scheme,
-            "path": path.decode("ascii", "replace"),
-            "raw_path": path,
-            "query_string": query,
-            "root_path": "",
-            "headers": connection.headers,
-            "server": connection.server,
-            "client": connection.client,
-            "state": connection.app_state,
-            EXTENSION: Exchange(connection, self),
-        }
+        path, _, query = url.partition(b"?")
+        scope["method"] = "POST"
+        scope["path"] = path.decode("ascii")
+        scope["raw_path"] = path
+        scope["query_string"] = query
+        scope[EXTENSION] = Exchange(self._connection, self)
         await app(scope, self.receive, self.send)
 
     async def receive(self) -> Message:
