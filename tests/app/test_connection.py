@@ -1,7 +1,6 @@
 """HTTP on the wire: raw bytes to a real process, however they arrive, and every request gets its own answer."""
 
 import json
-import random
 import re
 import socket
 import struct
