@@ -312,6 +312,7 @@ class Ticket:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._timer.cancel()
+        reason, self._reason = self._reason, self._reason or "over"  # from now on `abandon` has nothing to end
         admission, lane = self._admission, self._lane
         lane.metrics.inflight_requests.inc(-1)
         if self.bytes:
@@ -324,8 +325,8 @@ class Ticket:
         if kind is None:
             return
         if issubclass(kind, asyncio.CancelledError):
-            lane.metrics.dropped(self.stage, self._reason or "draining")
-            if self._reason and self._task.uncancel() <= self._cancelling:  # the cancellation was ours, and ends here
+            lane.metrics.dropped(self.stage, reason or "draining")
+            if reason and self._task.uncancel() <= self._cancelling:  # the cancellation was ours, and ends here
                 raise self._failure() from None
         elif issubclass(kind, AbandonedError):
             lane.metrics.dropped(self.stage, "disconnected")

@@ -12,7 +12,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-COMPUTING_NICENESS = int(os.environ.get("XNICE", "5"))
+COMPUTING_NICENESS = 5
+"""Of 0 (as the event loop) to 19. Beside a busy stranger on the same processors it costs some of the computing."""
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 

@@ -6,50 +6,35 @@ its body without waiting for it. All else is uvicorn's.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, Final, cast
 
 from starlette.types import ASGIApp, Message, Scope
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-EXTENSION: Final = "convoy.exchange"
-_ASGI = {"version": "3.0", "spec_version": "2.3"}
+EXTENSION: Final = "convoy.connection"
+MAX_WAITING = 8
+"""Pipelined requests of one client that may wait for their turn while more is read."""
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection; every request's scope gets its `Exchange`."""
+    """One client's connection, which answers one request after another; every request finds it in its scope."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.on_leave: Callable[[], None] | None = None
-        """Called when the client goes away."""
+        """Called when the client goes away; whoever sets it takes it back with its answer."""
+        self._answering: RequestResponseCycle | _WholeRequest | None = None
+        """Whose turn it is; uvicorn's `cycle` is the last request that came. None: nobody's, or the client left."""
         self._pieces: list[bytes] | None = None
         """The body so far of a request that may arrive whole; None: the request is uvicorn's."""
-        self.idle_since = self.loop.time()
+        self._idle_since = self.loop.time()
 
-    def on_message_begin(self) -> None:
-        """Begin a request; what uvicorn prepares for it waits until it is uvicorn's."""
-        self.url = b""
-        self.headers = []
-        self.expect_100_continue = False
-
-    def on_response_complete(self) -> None:
-        """Go on with the next request; without one, idle time begins, which `close_if_idle` ends instead of a timer."""
-        self.server_state.total_requests += 1
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
-        else:
-            self.idle_since = self.loop.time()
-
-    def close_if_idle(self, now: float) -> None:
-        """Close the connection if for the keep-alive time there was no request, or no more than a part of its head."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and now - self.idle_since > self.timeout_keep_alive:
-            self.transport.close()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to read."""
+        super().connection_made(cast(asyncio.Transport, transport))
+        self.flow = _Flow(self.transport, self.pipeline)
 
     def data_received(self, data: bytes) -> None:
         """Take what was read; a request that is not all there is handed to uvicorn."""
@@ -67,6 +52,7 @@ class Connection(HttpToolsProtocol):
             self._pieces = []
         else:
             self._start_waiting()
+        self.headers = []  # trailers go here: a header that comes after the body says nothing about the request
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -82,14 +68,75 @@ class Connection(HttpToolsProtocol):
             return
         pieces, self._pieces = self._pieces, None
         whole = _WholeRequest(self, pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        cast(Any, self).cycle = whole
-        whole.start(cast(ASGIApp, self.app))
+        cast(Any, self).cycle = self._answering = whole
+        cast(dict[str, Any], self.scope)[EXTENSION] = self
+        # Scope and URL now: when the task runs, they may be those of the next request in the same read.
+        whole.start(cast(ASGIApp, self.app), cast(Scope, self.scope), self.url)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell whoever works for this client."""
+        """Tell whoever works for this client, and hold on to nothing that holds on to this connection."""
         super().connection_lost(exc)
+        answering, self._answering = self._answering, None
+        if answering is not None and not answering.response_complete:
+            answering.disconnected = True  # uvicorn tells only the last request that came
+            answering.message_event.set()
+        cast(Any, self).cycle = cast(Any, self).scope = None
+        self.pipeline.clear()
         if self.on_leave is not None:
             self.on_leave()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; without one, idle time begins, which `close_if_idle` ends instead of a timer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle_since = self.loop.time()
+
+    def close_if_idle(self, now: float) -> None:
+        """Close the connection if for the keep-alive time there was no request, or no more than a part of its head."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and now - self._idle_since > self.timeout_keep_alive:
+            self.transport.close()
+
+    def take_body(self) -> bytes | None:
+        """Return the body of the request whose turn it is, if it has arrived whole; None: it is to be received."""
+        return self._answering.take_body() if isinstance(self._answering, _WholeRequest) else None
+
+    async def answer(self, status: int, headers: bytes, body: bytes) -> None:
+        """Send the whole answer to the request whose turn it is, unless the client left.
+
+        Args:
+            status: HTTP status.
+            headers: lines that end in CRLF, without Content-Length and Date.
+            body: all of it.
+        """
+        if self.flow.write_paused:
+            await self.flow.drain()
+        cycle = self._answering
+        if cycle is None:
+            return
+        lines = [STATUS_LINE[status]]
+        for name, value in self.server_state.default_headers:
+            if name == b"connection":  # the service drains, and closes each connection with its answer
+                cycle.keep_alive = False
+            else:
+                lines += (name, b": ", value, b"\r\n")
+        if not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines += (headers, b"content-length: %d\r\n\r\n" % len(body), body)
+        if isinstance(cycle, RequestResponseCycle):
+            cycle.response_started = True
+        cycle.response_complete = True
+        self._answering = None
+        self.transport.write(b"".join(lines))
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def _may_be_whole(self) -> bool:
         """Tell whether this is a prediction that nothing stands in the way of: no request before it, no handshake."""
@@ -103,13 +150,31 @@ class Connection(HttpToolsProtocol):
         )
 
     def _start_waiting(self) -> None:
-        """Start a request as uvicorn does; its task runs later, and finds the exchange in its scope."""
-        url, headers, expects = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url, self.expect_100_continue = url, expects
-        self.headers += headers
+        """Start a request as uvicorn does, or have it wait for its turn."""
+        cast(dict[str, Any], self.scope)[EXTENSION] = self
         super().on_headers_complete()
-        cast(dict[str, Any], self.scope)[EXTENSION] = Exchange(self, self.cycle)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Start a request whose turn it is."""
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+
+class _Flow(FlowControl):
+    """Reads no further while many requests wait for their turn.
+
+    uvicorn reads on with every answer: a client that sends small requests faster than they are answered then fills the
+    memory with them.
+    """
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        """Read on, unless enough is there; asked again with every answer."""
+        if len(self._waiting) <= MAX_WAITING:
+            super().resume_reading()
 
 
 class _Nobody:
@@ -135,40 +200,20 @@ class _WholeRequest:
         self.disconnected = False
         self.response_complete = False
 
-    def start(self, app: ASGIApp) -> None:
+    def start(self, app: ASGIApp, scope: Scope, url: bytes) -> None:
         """Have the application answer, in a task that the server knows of until it is done."""
-        self._task = self._connection.loop.create_task(self._run(app))
+        path, _, query = url.partition(b"?")
+        scope["method"] = "POST"
+        scope["path"] = path.decode("ascii")
+        scope["raw_path"] = path
+        scope["query_string"] = query
+        self._task = self._connection.loop.create_task(self._run(app, scope))
         self._connection.tasks.add(self._task)
 
     def take_body(self) -> bytes | None:
-        """Return the body; None when it was taken before."""
+        """Return the body; None when it was taken before, or the client left."""
         body, self._body = self._body, None
-        return body
-
-    async def _run(self, app: ASGIApp) -> None:
-        connection = self._connection
-        path, _, query = connection.url.partition(b"?")
-        scope: Scope = {
-            "type": "http",
-            "asgi": _ASGI,
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": connection.scheme,
-            "path": path.decode("ascii", "replace"),
-            "raw_path": path,
-            "query_string": query,
-            "root_path": "",
-            "headers": connection.headers,
-            "server": connection.server,
-            "client": connection.client,
-            "state": connection.app_state,
-            EXTENSION: Exchange(connection, self),
-        }
-        try:
-            await app(scope, self.receive, self.send)  # which turns every fault into an answer itself
-        finally:
-            connection.tasks.discard(self._task)
-            del self._task
+        return None if self.disconnected else body
 
     async def receive(self) -> Message:
         """Return the body; after it there is only the end."""
@@ -176,6 +221,13 @@ class _WholeRequest:
         if body is None:
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": body, "more_body": False}
+
+    async def _run(self, app: ASGIApp, scope: Scope) -> None:
+        try:
+            await app(scope, self.receive, self.send)  # which turns every fault into an answer itself
+        finally:
+            self._connection.tasks.discard(self._task)
+            del self._task
 
     async def send(self, message: Message) -> None:
         """Send an answer that comes as ASGI messages, once it is complete."""
@@ -194,54 +246,9 @@ class _WholeRequest:
                 self.keep_alive = False
             elif name != b"content-length":
                 lines += (name, b": ", value, b"\r\n")
-        await Exchange(self._connection, self).answer(status, b"".join(lines), body)
+        await self._connection.answer(status, b"".join(lines), body)
 
 
-class Exchange:
-    """One request and its answer, on their connection."""
-
-    __slots__ = ("_connection", "_cycle")
-
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle | _WholeRequest) -> None:
-        self._connection = connection
-        self._cycle = cycle
-
-    def on_leave(self, tell: Callable[[], None] | None) -> None:
-        """Have `tell` called when the client goes away; None: nobody wants to know any more."""
-        self._connection.on_leave = tell
-
-    def take_body(self) -> bytes | None:
-        """Return the body if it has arrived whole; None: it is to be received."""
-        cycle = self._cycle
-        return cycle.take_body() if isinstance(cycle, _WholeRequest) else None
-
-    async def answer(self, status: int, headers: bytes, body: bytes) -> None:
-        """Send a whole answer; `headers` are lines that end in CRLF, without Content-Length and Date."""
-        connection, cycle = self._connection, self._cycle
-        if connection.flow.write_paused and not cycle.disconnected:
-            await connection.flow.drain()
-        if cycle.disconnected:
-            return
-        lines = [STATUS_LINE[status]]
-        for name, value in connection.server_state.default_headers:
-            if name == b"connection":  # the service drains, and closes each connection with its answer
-                cycle.keep_alive = False
-            else:
-                lines += (name, b": ", value, b"\r\n")
-        if not cycle.keep_alive:
-            lines.append(b"connection: close\r\n")
-        lines += (headers, b"content-length: %d\r\n\r\n" % len(body), body)
-        if isinstance(cycle, RequestResponseCycle):
-            cycle.response_started = True
-        cycle.response_complete = True
-        transport: asyncio.Transport = connection.transport
-        transport.write(b"".join(lines))
-        cycle.message_event.set()
-        if not cycle.keep_alive:
-            transport.close()
-        connection.on_response_complete()
-
-
-def exchange_of(scope: Scope) -> Exchange:
-    """Return the exchange that the connection put into a request's scope."""
-    return cast(Exchange, scope[EXTENSION])
+def connection_of(scope: Scope) -> Connection:
+    """Return the connection that a request came by."""
+    return cast(Connection, scope[EXTENSION])

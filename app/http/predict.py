@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.engine import Engine, Prediction
 from app.errors import AbandonedError, BadRequestError, ConvoyError
 from app.http.bodies import BodyLimits, Head, images_in, read_images
-from app.http.connection import Exchange, exchange_of
+from app.http.connection import Connection, connection_of
 from app.http.errors import send_error
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
@@ -75,17 +75,17 @@ class Predictor:
 
     async def answer(self, name: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         """Read a request's images, classify them with the model `name` (None: the default one), and send the answer."""
-        exchange = exchange_of(scope)
+        connection = connection_of(scope)
         try:
-            await self._classify(name, scope, receive, exchange)
+            await self._classify(name, scope, receive, connection)
         except ConvoyError as fault:
             await send_error(fault, trace_of(scope), send)
         except AbandonedError:
             return
         finally:
-            exchange.on_leave(None)
+            connection.on_leave = None
 
-    async def _classify(self, name: str | None, scope: Scope, receive: Receive, exchange: Exchange) -> None:
+    async def _classify(self, name: str | None, scope: Scope, receive: Receive, connection: Connection) -> None:
         trace = trace_of(scope)
         model = self._engine.model(name)
         form = self._forms.get(model) or self._forms.setdefault(model, _Form(model))
@@ -95,8 +95,8 @@ class Predictor:
         k = _wanted_top_k(query, form.classes) if query else DEFAULT_TOP_K
         timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
         with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
-            exchange.on_leave(ticket.abandon)
-            if (body := exchange.take_body()) is not None:
+            connection.on_leave = ticket.abandon
+            if (body := connection.take_body()) is not None:
                 images = images_in(body, head, ticket, self._limits)
             else:
                 images = await read_images(head, receive, ticket, self._limits)
@@ -106,7 +106,7 @@ class Predictor:
         headers, body = form.fill(prediction, k, trace.request_id)
         model.metrics.post.observe(time.monotonic() - started)
         trace.status = HTTPStatus.OK
-        await exchange.answer(HTTPStatus.OK, headers, body)
+        await connection.answer(HTTPStatus.OK, headers, body)
 
 
 class _Form:
