@@ -28,6 +28,8 @@ def configure(log_format: str, level: str, **common: object) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # uvicorn's own story (started, waiting, finished) repeats ours.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    # A broken form is its client's fault, and the client is told.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:

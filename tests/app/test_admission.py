@@ -1,8 +1,10 @@
+import asyncio
 import math
+import time
 
 import pytest
 
-from app.admission import BURST_S, DrainRate, Lane
+from app.admission import BURST_S, Admission, DrainRate, Lane, Limits, Ticket
 from app.errors import QueueFullError
 from app.metrics import Metrics
 
@@ -109,3 +111,16 @@ def test_without_a_target_only_the_limits_count():
     for _ in range(10):
         assert admitted(lane)
         clock.now += 1
+
+
+def test_a_client_that_leaves_after_the_stay_ends_nothing():
+    async def stay() -> int:
+        metrics = Metrics()
+        admission = Admission(Limits(images=1, bytes=1, pixels=1, model_images={}, queue_target_s=0.0), metrics)
+        with Ticket(admission, admission.lane(metrics.for_model("m", "1")), time.monotonic() + 60, 3) as ticket:
+            pass
+        ticket.abandon()
+        await asyncio.sleep(0)  # where a cancellation would strike: the answer is being written
+        return asyncio.current_task().cancelling()
+
+    assert asyncio.run(stay()) == 0

@@ -1,16 +1,24 @@
 """HTTP on the wire: raw bytes to a real process, however they arrive, and every request gets its own answer."""
 
+import asyncio
+import gc
 import json
 import re
 import socket
 import struct
 import time
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from uvicorn import Config
+from uvicorn.server import ServerState
 
-from tests.bundles import plain_image
+from app.http.connection import MAX_WAITING, Connection, _Flow, connection_of
+from tests.bundles import make_bundle, plain_image
+from tests.servers import ConvoyProcess, convoy
 
 RED, GREEN, BLUE = (plain_image(colour) for colour in ("red", "green", "blue"))
 
@@ -124,3 +132,212 @@ def test_what_comes_after_the_body_is_no_header(server, trailer, split):
         client.send(data[:-30], data[-30:]) if split else client.send(data)
         answer = client.answer()
         assert (answer.id, answer.best) == ("early", "colours: red")
+
+
+def test_wherever_a_request_is_cut_its_answer_is_the_same(server):
+    data = request(RED, "/predict?top_k=1", "X-Request-Id: cut")
+    with wire(server) as client:
+        client.send(data)
+        whole = client.answer()
+        for at in range(1, len(data)):
+            client.send(data[:at], data[at:], pause_s=0.001)
+            answer = client.answer()
+            assert (answer.status, answer.id, answer.body) == (200, "cut", whole.body), at
+        client.send(*(data[at : at + 1] for at in range(len(data))), pause_s=0)
+        assert client.answer().body == whole.body
+
+
+CLOSES = "Connection: close"
+FORMS = {
+    "chunked": (chunked(RED), "colours: red", False),
+    "absolute": (request(RED, "http://convoy/predict"), "colours: red", False),
+    "percent": (request(RED, "/%70redict"), "colours: red", False),
+    "hash": (request(RED, "/predict?top_k=1#top"), "colours: red", False),
+    "empty-query": (request(RED, "/predict?"), "colours: red", False),
+    "elsewhere": (request(RED, "/a/b/predict"), "not_found", False),
+    "two-slashes": (request(RED, "//predict"), "not_found", False),
+    "put": (request(RED, method="PUT"), "method_not_allowed", False),
+    "empty": (request(b""), "bad_request", False),
+    "not-an-image": (request(b"no image"), "bad_image", False),
+    "timeout-ms": (request(RED, "/predict", "Timeout-Ms: soon"), "bad_request", False),
+    "broken-form": (request(RED, "/predict", "Content-Type: multipart/form-data; boundary=b"), "bad_request", False),
+    "http-1.0": (request(RED, version="1.0"), "colours: red", True),
+    "close": (request(RED, "/predict", CLOSES), "colours: red", True),
+    "refused-and-close": (request(b"no image", "/predict", CLOSES), "bad_image", True),
+    "upgrade": (request(RED, "/predict", "Connection: Upgrade", "Upgrade: h2c"), "bad_request", True),
+}
+
+
+@pytest.mark.parametrize(("data", "best", "closes"), FORMS.values(), ids=FORMS)
+def test_whole_split_and_after_another_a_request_gets_the_same_answer(server, data, best, closes):
+    for pieces, before in (((data,), 0), ((data[:-8], data[-8:]), 0), ((request(GREEN) + data,), 1)):
+        with wire(server) as client:
+            client.send(*pieces)
+            for _ in range(before):
+                assert client.answer().best == "colours: green"
+            answer = client.answer()
+            assert (answer.best, answer.headers.get("connection") == "close") == (best, closes)
+            if closes:
+                assert client.ended()
+            else:  # whatever was wrong, the next request is understood
+                client.send(request(BLUE))
+                assert client.answer().best == "colours: blue"
+    assert not troubles(server)
+
+
+def test_a_whole_request_before_half_of_the_next(server):
+    for at in (1, 30, len(request(GREEN)) - 1):
+        with wire(server) as client:
+            client.send(request(RED) + request(GREEN)[:at], request(GREEN)[at:] + request(BLUE), pause_s=0.02)
+            assert [client.answer().best for _ in range(3)] == ["colours: red", "colours: green", "colours: blue"]
+
+
+@pytest.mark.parametrize("first", [request(RED), request(RED, "/models/nobody/predict"), request(RED)[:-1]])
+def test_what_is_no_http_is_told_once_and_ends_the_connection(server, first):
+    with wire(server) as client:
+        client.send(first + (b"" if first.endswith(RED) else RED[-1:]) + b"no http at all\r\n\r\n")
+        assert client.answer().status == 400
+        assert client.ended()
+    assert not troubles(server)
+
+
+def troubles(server) -> list[dict]:
+    """Return what the log complains about."""
+    return [
+        line for line in server.lines() if line["level"] == "error" or line["logger"].startswith("python_multipart")
+    ]
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Iterator[ConvoyProcess]:
+    """A service with one slow session, and room for two images."""
+    root = tmp_path_factory.mktemp("slow")
+    make_bundle(root / "models", "slow", slow=True)
+    with convoy(root / "models", root / "log", sessions=1, max_inflight_images=2, max_batch=1) as process:
+        yield process
+
+
+def wait_until_nothing_is_inside(server) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        samples = server.metrics()
+        if not any(value for key, value in samples.items() if key.startswith("convoy_inflight_")):
+            return
+        assert time.monotonic() < deadline, samples
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("answers", [0, 1], ids=["the-first", "the-second"])
+def test_who_leaves_with_requests_waiting_leaves_nothing_inside_and_is_no_error(slow, answers):
+    with wire(slow) as client:
+        client.send(request(RED) * 4)
+        for _ in range(answers):
+            client.answer()
+        while not slow.metrics().get('convoy_inflight_requests{model="slow"}'):
+            time.sleep(0.005)
+        client.reset()
+    wait_until_nothing_is_inside(slow)
+    assert not troubles(slow)
+
+
+def test_after_a_deadline_the_next_request_on_the_connection_has_its_own(slow):
+    with wire(slow) as client:
+        for split in (False, True):
+            data = request(RED, "/predict", "Timeout-Ms: 1", "X-Request-Id: late")
+            client.send(data[:-1], data[-1:]) if split else client.send(data)
+            answer = client.answer()
+            assert (answer.status, answer.id, answer.best) == (504, "late", "deadline")
+            client.send(request(GREEN, "/predict", "X-Request-Id: next"))
+            answer = client.answer()
+            assert (answer.id, answer.best) == ("next", "slow: green")
+    wait_until_nothing_is_inside(slow)
+
+
+def test_a_refused_request_says_when_to_come_back_and_its_connection_goes_on(slow):
+    large = request(RED + bytes(300_000))
+    with wire(slow) as one, wire(slow) as two, wire(slow) as third:
+        one.send(request(RED))
+        two.send(request(RED))
+        while slow.metrics()["convoy_inflight_images"] < 2:
+            time.sleep(0.002)
+        third.send(request(GREEN) + large)
+        refusal = third.answer()
+        assert (refusal.status, refusal.best) == (429, "queue_full")
+        assert 1 <= int(refusal.headers["retry-after"]) <= 30
+        third.answer()  # to the large one: what was left of its body is read and thrown away
+        assert (one.answer().best, two.answer().best) == ("slow: red", "slow: red")
+        third.send(request(BLUE))
+        assert third.answer().best == "slow: blue"
+    wait_until_nothing_is_inside(slow)
+
+
+class Transport(asyncio.Transport):
+    """What a connection writes to, without a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closing = False
+        self.reading = True
+
+    def write(self, data: bytes) -> None:
+        assert not self.closing
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+
+def test_no_more_is_read_while_many_requests_wait():
+    transport, waiting = Transport(), deque(range(MAX_WAITING + 2))
+    flow = _Flow(transport, waiting)
+    flow.pause_reading()
+    while not transport.reading:
+        waiting.pop()
+        flow.resume_reading()
+    assert len(waiting) == MAX_WAITING
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [(request(RED),), (request(RED)[:-1], RED[-1:]), (request(RED) * 3,), (request(RED)[:-1],), ()],
+    ids=["whole", "split", "pipelined", "half", "nothing"],
+)
+@pytest.mark.parametrize("early", [False, True], ids=["stays", "leaves-early"])
+def test_nothing_of_a_connection_is_left_to_the_garbage_collector(pieces, early):
+    async def app(scope, receive, send) -> None:
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            pass
+        await connection_of(scope).answer(200, b"", b"done")
+
+    async def connect() -> weakref.ref:
+        connection = Connection(config, ServerState(), {}, asyncio.get_running_loop())
+        transport = Transport()
+        connection.connection_made(transport)
+        for piece in pieces:
+            connection.data_received(piece)
+            for _ in range(0 if early else 20):
+                await asyncio.sleep(0)
+        if not early and len(pieces[-1:]) and pieces[-1] != request(RED)[:-1]:
+            assert transport.written.count(b"HTTP/1.1 200 OK") == max(1, len(pieces[0]) // len(request(RED)))
+        connection.connection_lost(None)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return weakref.ref(connection)
+
+    config = Config(app, http=Connection, log_config=None)
+    config.load()
+    gc.disable()
+    try:
+        assert asyncio.run(connect())() is None
+    finally:
+        gc.enable()
