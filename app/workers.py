@@ -80,8 +80,17 @@ def share_of(settings: Settings, workers: int) -> Settings:
             "decode_threads": settings.decode_threads or cpus,
             "max_inflight_images": max(images, min(settings.max_images_per_request, settings.max_inflight_images)),
             "max_inflight_bytes": max(body_bytes, min(settings.max_body_bytes, settings.max_inflight_bytes)),
+            # An image of any size may come where nothing waits, so a small share refuses nobody for ever.
+            "max_inflight_pixels": math.ceil(settings.max_inflight_pixels / workers),
+            "model_limits": ",".join(_shared_limit(part, workers) for part in settings.model_limits.split(",")),
         }
     )
+
+
+def _shared_limit(part: str, workers: int) -> str:
+    """Return one worker's share of a limit such as `imagenet=64`; what is none is left to the check."""
+    name, _, limit = part.strip().partition("=")
+    return f"{name}={math.ceil(int(limit) / workers)}" if limit.isdecimal() else part
 
 
 class Worker:

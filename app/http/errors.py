@@ -20,14 +20,14 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
-async def send_error(fault: ConvoyError, trace: Trace, send: Send) -> None:
-    """Send the response for a fault, and leave its code in the trace."""
+async def send_error(fault: ConvoyError, trace: Trace, send: Send, *, closes: bool = False) -> None:
+    """Send the response for a fault, and leave its code in the trace; `closes`: the connection ends with it."""
     trace.code = fault.code
     body = json.dumps({"error": fault.message, "code": fault.code}, ensure_ascii=False).encode("utf-8", "replace")
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(fault, QueueFullError):
         headers.append((b"retry-after", b"%d" % fault.retry_after_s))
-    if fault.closes:
+    if closes or fault.closes:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": fault.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -79,7 +79,9 @@ class Predictor:
         try:
             await self._classify(name, scope, receive, connection)
         except ConvoyError as fault:
-            await send_error(fault, trace_of(scope), send)
+            # Who asked before sending the body, and is refused, may send it or not: what comes next cannot be told.
+            asked = any(name == b"expect" for name, _ in scope["headers"])
+            await send_error(fault, trace_of(scope), send, closes=asked)
         except AbandonedError:
             return
         finally:

@@ -341,3 +341,21 @@ def test_nothing_of_a_connection_is_left_to_the_garbage_collector(pieces, early)
         assert asyncio.run(connect())() is None
     finally:
         gc.enable()
+
+
+def test_who_asked_before_sending_and_is_refused_is_not_waited_for(server):
+    with wire(server) as client:
+        client.send(request(RED, "/models/nobody/predict", "Expect: 100-continue")[: -len(RED)])
+        answer = client.answer()
+        assert (answer.status, answer.headers["connection"]) == (404, "close")
+        assert client.ended()
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /predict HTTP/1.1\r\nHost: conv", request(RED) + b"POST /pre"])
+def test_a_connection_without_a_whole_head_ends_after_the_idle_time(tmp_path, start):
+    make_bundle(tmp_path / "models")
+    with convoy(tmp_path / "models", tmp_path / "log", keep_alive_s=1) as brief, wire(brief) as client:
+        client.send(start)
+        if start.startswith(request(RED)):
+            assert client.answer().status == 200
+        assert client.ended()

@@ -199,6 +199,9 @@ def test_shares_add_up_to_the_whole_and_fit_the_largest_request():
     assert share.max_inflight_bytes == 333_333_334
     assert share.sessions == share.decode_threads == max(1, usable_cpus() // 3)
     assert share_of(settings, 64).max_inflight_images == 64
+    limited = Settings(model_limits="pets=5, imagenet=64", max_inflight_pixels=9)
+    assert share_of(limited, 2).model_limits == "pets=3,imagenet=32"
+    assert share_of(limited, 2).max_inflight_pixels == 5
     assert share_of(Settings(sessions=5, decode_threads=7), 2).sessions == 5
     assert share_of(Settings(max_inflight_images=10), 4).max_inflight_images == 10
 
