@@ -90,7 +90,7 @@ class Settings(BaseModel):
         default=1000.0,
         ge=0,
         le=3_600_000,
-        description="A queue that stays longer than this is an overload: it is then kept short, and others get 429. 0: no such rule.",
+        description="A longer queue is an overload: it is then kept short, and others get 429. 0: no such rule.",
     )
     max_body_bytes: int = Field(
         default=32_000_000, ge=1, le=10**12, description="Largest request body; larger ones get 413."
