@@ -22,6 +22,8 @@ from benchmarks.peers.scenarios import ROOT, Setting
 RUNNERS = Path(__file__).parent / "runners"
 SHARED_MEMORY = Path("/dev/shm")
 PATHS = {"litserve": "/predict", "mosec": "/inference", "triton": "/v2/models/classifier/infer"}
+SETTLE_S = 3.0
+"""A server of several processes answers when the first of them is there; the others must not start into the load."""
 START_S = 90.0
 STOP_S = 6.0
 """Triton needs 4 s; LitServe does not end at a SIGTERM to its first process, however long one waits."""
@@ -81,6 +83,7 @@ def serving(launch: Launch, checks: Sequence[tuple[bytes, str]]) -> Iterator[str
         try:
             url = f"http://{HOST}:{port}{launch.path}"
             await_first_answer(process, url, checks[0][0], log)
+            time.sleep(SETTLE_S)
             for image, label in checks:
                 if (found := answer(url, image)) != label:
                     raise PeerError(f"it answers '{found}' where '{label}' is right")
