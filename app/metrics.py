@@ -8,7 +8,7 @@ whose children are resolved once per model.
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from math import inf, isnan
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -49,17 +49,6 @@ class Number:
     def get(self) -> float:
         """Return what this process has counted, and its page's writers before it."""
         return self._slots[self._at]
-
-    def track_inprogress(self) -> Self:
-        """Return what counts one more for as long as a `with` block runs."""
-        return self
-
-    def __enter__(self) -> Self:
-        self._slots[self._at] += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._slots[self._at] -= 1
 
 
 class Distribution:

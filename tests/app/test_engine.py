@@ -82,6 +82,7 @@ def with_bench(tmp_path, scenario, **limits):
             held = bench.admission
             assert (held.images, held.bytes, held.pixels) == (0, 0, 0), "a ticket was not given back"
             assert held.lane(bench.model.metrics).images == 0
+            assert bench.model.metrics.inflight_requests.get() == 0
         finally:
             bench.close()
 
@@ -248,3 +249,13 @@ def test_the_urgent_go_first(tmp_path):
         await stuck
 
     with_bench(tmp_path, scenario, images=100)
+
+
+def test_requests_in_progress_are_counted_also_when_they_fail(tmp_path):
+    async def scenario(bench):
+        with pytest.raises(ValueError, match="inside"), bench.engine.admit(bench.model, time.monotonic() + 10):
+            assert bench.model.metrics.inflight_requests.get() == 1
+            raise ValueError("inside")
+        assert bench.model.metrics.inflight_requests.get() == 0
+
+    with_bench(tmp_path, scenario)

@@ -98,14 +98,6 @@ def test_the_text_is_what_prometheus_client_writes():
     assert own_lines == generate_latest(registry).decode().splitlines()
 
 
-def test_a_gauge_counts_what_is_in_progress_also_when_it_fails():
-    gauge = Metrics().inflight_requests.labels("m")
-    with pytest.raises(ValueError, match="inside"), gauge.track_inprogress():
-        assert gauge.get() == 1
-        raise ValueError("inside")
-    assert gauge.get() == 0
-
-
 def test_processes_are_told_apart_where_there_are_several():
     descriptor = create_shared(3)
     pages = open_shared(descriptor)
