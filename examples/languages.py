@@ -186,7 +186,7 @@ def train(texts: Sequence[Text], epochs: int, seed: int) -> LanguageNetwork:
             inputs, labels = as_batch([text for text, _ in batch]), torch.tensor([label for _, label in batch])
             loss = cross_entropy(network.logits(*inputs.values()), labels)
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
