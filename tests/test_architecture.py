@@ -20,6 +20,7 @@ FLOORS = {
     "app.terminal": 8,
     "app.http": 7,
     "app.offline": 7,
+    "app.v2": 6.5,
     "app.engine": 6,
     "app.admission": 5,
     "app.repository": 5,
@@ -41,7 +42,7 @@ FLOORS = {
     "app.errors": 0,
     "app": 0,
 }
-PACKAGES = ("app.bench", "app.http")
+PACKAGES = ("app.bench", "app.http", "app.v2")
 TRAINING_MAY_IMPORT = {"app", "app.cpus", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
 
 
