@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from app import __version__
 from app.engine import Engine
-from app.http import errors, health, models, predict
+from app.http import errors, health, models, predict, v2
 from app.http.bodies import BodyLimits
 from app.http.observe import Observe
 from app.metrics import Metrics
@@ -43,6 +43,8 @@ def create_app(
     errors.install(app)
     predictor = predict.Predictor(engine, limits, request_timeout_ms)
     app.include_router(predict.routes(predictor))
+    inferrer = v2.Inferrer(engine, limits, request_timeout_ms)
+    app.include_router(v2.routes(engine, repository, metrics, probes, inferrer))
     app.include_router(models.routes(repository))
     app.include_router(health.routes(probes))
 
@@ -50,4 +52,4 @@ def create_app(
     async def root() -> Response:
         return RedirectResponse("/docs")
 
-    return Observe(predict.Front(app, predictor), metrics, access_log)
+    return Observe(predict.Front(v2.Front(app, inferrer), predictor), metrics, access_log)
