@@ -8,6 +8,7 @@ What is needed, and how it is served: examples/README.md.
 """
 
 import argparse
+import json
 import random
 import shutil
 import subprocess
@@ -19,14 +20,16 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, cross_entropy
 
-from examples.publish import publish
+from examples.publish import OUTPUT, Answered, publish
 from training.devices import deterministic
 from training.errors import DataError
+from training.graphs import make_graph
 
 RATE = 16_000
 """Samples a second; a clip is one second."""
@@ -141,8 +144,8 @@ def place(clip: Clip, loudness: float, noise: float, dice: np.random.Generator) 
     at = dice.integers(0, RATE - len(sound), endpoint=True)
     second[at : at + len(sound)] = sound
     level = float(np.sqrt(np.mean(sound**2))) if len(sound) else loudness / 5
-    mixed = second + coloured(dice) * np.float32(level * 10 ** (-noise / 20))
-    return np.asarray(mixed.clip(-1, 1), np.float32)
+    mixed: Sound = (second + coloured(dice) * np.float32(level * 10 ** (-noise / 20))).clip(-1, 1)
+    return mixed
 
 
 def coloured(dice: np.random.Generator) -> Sound:
@@ -150,7 +153,8 @@ def coloured(dice: np.random.Generator) -> Sound:
     spectrum = np.fft.rfft(dice.standard_normal(RATE))
     spectrum *= np.maximum(np.arange(len(spectrum)), 20.0) ** -dice.uniform(0, 1)
     noise = np.fft.irfft(spectrum, RATE)
-    return (noise / np.sqrt(np.mean(noise**2))).astype(np.float32)
+    level = np.sqrt(np.mean(noise**2))
+    return np.asarray(noise / level, np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def train(clips: Sequence[Clip], epochs: int, seed: int) -> KeywordNetwork:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.2)
     network.train()
     for number in range(1, epochs + 1):
-        began, losses = time.monotonic(), list[float]()
+        began, losses = time.process_time(), list[float]()
         for chosen in np.array_split(dice.permutation(len(clips)), steps // epochs):
             batch = [clips[index] for index in chosen]
             sounds = [place(clip, dice.uniform(0.05, 1), dice.uniform(0, 40), dice) for clip in batch]
@@ -261,7 +265,10 @@ def train(clips: Sequence[Clip], epochs: int, seed: int) -> KeywordNetwork:
             optimiser.step()
             schedule.step()
             losses.append(loss.item())
-        print(f"epoch {number}/{epochs}: loss {fmean(losses):.3f}, {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"epoch {number}/{epochs}: loss {fmean(losses):.3f}, {time.process_time() - began:.0f} s of processor time",
+            flush=True,
+        )
     return network.eval()
 
 
@@ -275,12 +282,17 @@ def placed(clips: Sequence[Clip], noise: float, seed: int) -> Tensor:
     return torch.from_numpy(np.stack([place(clip, dice.uniform(0.05, 1), noise, dice) for clip in clips]))
 
 
+def classify(network: KeywordNetwork, sounds: Tensor) -> Tensor:
+    """Return the probabilities of some sounds, float32 `[n, 16000]` → `[n, 12]`."""
+    network.eval()
+    with torch.inference_mode():
+        return torch.cat([network(batch) for batch in torch.split(sounds, 128)])
+
+
 def accuracy(network: KeywordNetwork, clips: Sequence[Clip], noise: float) -> float:
     """Return the share of clips whose label is the most probable."""
-    sounds, labels = placed(clips, noise, seed=1), torch.tensor([clip.label for clip in clips])
-    with torch.inference_mode():
-        found = torch.cat([network(batch).argmax(dim=1) for batch in torch.split(sounds, 128)])
-    return float((found == labels).float().mean())
+    found = classify(network, placed(clips, noise, seed=1)).argmax(dim=1)
+    return float((found == torch.tensor([clip.label for clip in clips])).float().mean())
 
 
 def silence(clips: int) -> list[Clip]:
@@ -300,36 +312,59 @@ def speak_for_test(each: int, accents: Sequence[str], dice: random.Random) -> li
     return say([*plan(KEYWORDS, each, VOICES_IN_TEST, accents, dice), *others]) + silence(each)
 
 
-def main() -> None:
+def graph_of_sound(network: KeywordNetwork) -> onnx.ModelProto:
+    """Return the network as a graph."""
+    return make_graph(network, {"audio": torch.zeros(2, RATE)}, OUTPUT, {"audio": ("n", None)})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Have it spoken, train, evaluate, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/models/keywords/1"), help="folder to export to")
+    parser.add_argument("--models-dir", type=Path, default=Path("runs/models"), help="where the model goes")
     parser.add_argument("--each", type=int, default=250, help="how often each keyword is said for training")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
 
-    dice, began = random.Random(args.seed), time.monotonic()
+    dice = random.Random(args.seed)
     clips = speak_for_training(args.each, dice)
     tests = {
-        "new voices": speak_for_test(60, ACCENTS, dice),
-        "new voices, new accent": speak_for_test(60, ACCENTS_IN_TEST, dice),
+        "new_voices": speak_for_test(60, ACCENTS, dice),
+        "new_voices_and_accent": speak_for_test(60, ACCENTS_IN_TEST, dice),
     }
-    print(f"{len(clips):,} clips to learn from, {time.monotonic() - began:.0f} s of speaking", flush=True)
-    began = time.monotonic()
+    print(f"{len(clips):,} clips to learn from", flush=True)
+    began = time.process_time()
     network = train(clips, args.epochs, args.seed)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    print(f"{parameters:,} parameters, {time.monotonic() - began:.0f} s of training")
-    for name, test in tests.items():
-        for noise in (30, 20, 10, 5, 0):
-            print(f"{name}, noise {noise} dB below the speech: {accuracy(network, test, noise):.2%} of {len(test):,}")
+    seconds = round(time.process_time() - began)
+    evaluation = {
+        "data": "synthetic speech (espeak-ng) in voices not heard in training; noise so many decibels below it",
+        "accuracy": round(accuracy(network, tests["new_voices"], 20), 4),
+        **{
+            name: {f"{noise}_db": round(accuracy(network, test, noise), 4) for noise in (30, 20, 10, 0)}
+            for name, test in tests.items()
+        },
+        "clips_learnt_from": len(clips),
+        "clips_tested": len(tests["new_voices"]),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "processor_seconds": seconds,
+    }
+    print(json.dumps(evaluation, indent=2))
 
-    sounds = placed(tests["new voices"][::5], 20, seed=2)
-    batches = [{"audio": sounds[at : at + size]} for at, size in ((0, 7), (7, 1), (8, 64))]
-    difference = publish(network, args.out, batches, {"audio": ("n", None)}, LABELS)
-    print(f"{args.out}/model.onnx: within {difference:.1g} of PyTorch")
+    story = {
+        "description": "Which of ten English words is said in a second of sound (16 kHz, within ±1), another, or none.",
+        "labels": LABELS,
+        "evaluation": evaluation,
+        "source": "Trained from scratch on synthetic speech: no person was recorded.",
+        "licence": "Weights: Apache-2.0.",
+    }
+    sounds = placed(tests["new_voices"][::5], 20, seed=2)
+    batches = [sounds[at : at + size] for at, size in ((0, 7), (7, 1), (8, 64))]
+    answered = [Answered({"audio": batch.numpy()}, classify(network, batch).numpy()) for batch in batches]
+    folder = args.models_dir / "keywords" / "1"
+    difference = publish(graph_of_sound(network), answered, folder, story, "python -m examples.keywords")
+    print(f"{folder}: within {difference:.1g} of PyTorch")
 
 
 if __name__ == "__main__":

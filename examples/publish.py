@@ -1,72 +1,98 @@
-"""The last step of every example: a network becomes `<models>/<name>/<version>/`, if its graph answers as it does.
+"""The last step of every example: a graph takes its place in a folder of models, if it answers as its network does.
 
-Owns the files and the comparison. Knows nothing of what the tensors mean.
+Owns the proof and the files. Knows nothing of what the tensors mean.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+import onnx
 
 from app import runtime
-from training.atomic import replacing
+from app.manifest import MODEL_FILE, write_tensor_manifest
+from app.tensors import Array
 from training.errors import ExportError
-from training.graphs import save_graph
+from training.graphs import OPSET
 
 OUTPUT = "probabilities"
 LARGEST_DIFFERENCE = 1e-5
-"""Of any probability between PyTorch and ONNX Runtime."""
+"""Of any probability between PyTorch and ONNX Runtime on the machine that exports."""
+GOLDEN_TOLERANCE = 1e-4
+"""The same on the machine that serves, whichever it is."""
 
-Inputs = Mapping[str, Tensor]
+
+class Answered(NamedTuple):
+    """Inputs by name, and the probabilities float32 `[n, classes]` that the network gives for them in PyTorch."""
+
+    inputs: Mapping[str, Array]
+    probabilities: Array
 
 
 def publish(
-    network: nn.Module,
-    folder: Path,
-    batches: Sequence[Inputs],
-    free: Mapping[str, Sequence[str | None]],
-    labels: Sequence[str],
+    graph: onnx.ModelProto, answered: Sequence[Answered], folder: Path, story: Mapping[str, Any], command: str
 ) -> float:
-    """Write `model.onnx` and `labels.txt`, and return the largest difference of a probability from PyTorch's.
+    """Write `<models>/<name>/<version>/` whole, in the place of what was there, or leave everything as it is.
 
     Args:
-        network: takes the inputs by position, gives probabilities float32 `[n, classes]`.
+        graph: gives `probabilities`.
+        answered: batches of several sizes, all of which the graph must answer alike; the first becomes the golden set.
         folder: `<models>/<name>/<version>`.
-        batches: inputs by name, in the network's order, of several sizes: the runtimes are compared on all of them.
-        free: the names of each input's dimensions, as `save_graph` takes them.
-        labels: one a class, in order.
+        story: what the manifest says: `description`, `labels`, `evaluation`, `source`, `licence`.
+        command: what the user typed.
+
+    Returns:
+        The largest difference of a probability from PyTorch's.
 
     Raises:
-        ExportError: the two differ by more than 1e-5; nothing is written.
+        ExportError: it is larger than 1e-5, or an answer is not a number.
     """
-    with TemporaryDirectory() as scratch:
-        graph = Path(scratch) / "model.onnx"
-        save_graph(network, graph, batches[0], OUTPUT, free)
-        difference = compare(network, graph, batches)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise ExportError(
-                f"The graph differs from the network by {difference:.2g} in a probability, allowed is "
-                f"{LARGEST_DIFFERENCE:.0e}: nothing was written."
-            )
-        with replacing(folder / "labels.txt") as file:
-            file.write("".join(f"{label}\n" for label in labels).encode())
-        with replacing(folder / "model.onnx") as file:
-            file.write(graph.read_bytes())
+    difference = compare(graph, answered)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ExportError(
+            f"The graph differs from the network by {difference:.2g} in a probability, allowed is "
+            f"{LARGEST_DIFFERENCE:.0e}: nothing was written."
+        )
+    fields = dict(story)
+    fields |= {
+        "name": folder.parent.name,
+        "version": folder.name,
+        "opset": OPSET,
+        "tolerance": GOLDEN_TOLERANCE,
+        "evaluation": {**fields["evaluation"], "runtime_difference": float(f"{difference:.2g}")},
+        "provenance": {
+            "source": fields.pop("source"),
+            "licence": fields.pop("licence"),
+            "command": command,
+            "created": datetime.now(UTC).date().isoformat(),
+        },
+    }
+    golden = {f"in.{name}": _as_kept(array) for name, array in answered[0].inputs.items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        written = Path(scratch) / folder.name
+        written.mkdir()
+        onnx.save(graph, written / MODEL_FILE)
+        write_tensor_manifest(written, fields, {**golden, f"out.{OUTPUT}": answered[0].probabilities})
+        if folder.exists():
+            shutil.rmtree(folder)
+        written.rename(folder)
     return difference
 
 
-def compare(network: nn.Module, graph: Path, batches: Iterable[Inputs]) -> float:
-    """Return the largest absolute difference of an answer between PyTorch and ONNX Runtime."""
-    session = runtime.load().InferenceSession(graph, providers=["CPUExecutionProvider"])
-    network.eval()
-    worst = 0.0
-    for inputs in batches:
-        with torch.inference_mode():
-            expected = network(*inputs.values()).numpy()
-        (given,) = session.run([OUTPUT], {name: tensor.numpy() for name, tensor in inputs.items()})
-        # A NaN must not hide behind max().
-        worst = float(np.maximum(worst, np.abs(given - expected).max()))
-    return worst
+def compare(graph: onnx.ModelProto, answered: Sequence[Answered]) -> float:
+    """Return the largest absolute difference of ONNX Runtime's answers; NaN where one is not a number."""
+    session = runtime.load().InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    differences = [
+        np.abs(session.run([OUTPUT], dict(inputs))[0] - probabilities).max() for inputs, probabilities in answered
+    ]
+    return float(np.max(differences))
+
+
+def _as_kept(array: Array) -> Array:
+    """Return texts as NumPy keeps them in a file: in fixed width."""
+    return array.astype(np.str_) if array.dtype == np.object_ else array

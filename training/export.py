@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -22,7 +23,7 @@ from training.data import Split
 from training.errors import ExportError
 from training.evaluate import measure_figures
 from training.golden import choose_golden
-from training.graphs import OPSET, save_graph
+from training.graphs import OPSET, make_graph
 from training.listing import Picture
 from training.servable import Servable
 
@@ -126,13 +127,9 @@ def write_graph(servable: Servable, pixels: PixelRecipe, path: Path) -> None:
     Raises:
         ExportError: the network cannot be expressed as a graph.
     """
-    save_graph(
-        servable,
-        path,
-        {INPUT_NAME: torch.zeros(2, pixels.height, pixels.width, 3, dtype=torch.uint8)},
-        OUTPUT_NAME,
-        {INPUT_NAME: ("n", None, None, None)},
-    )
+    example = torch.zeros(2, pixels.height, pixels.width, 3, dtype=torch.uint8)
+    graph = make_graph(servable, {INPUT_NAME: example}, OUTPUT_NAME, {INPUT_NAME: ("n", None, None, None)})
+    onnx.save(graph, path)
 
 
 def compare(reference: Run, candidate: Run, split: Split) -> float:

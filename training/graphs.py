@@ -1,4 +1,4 @@
-"""A module in, one self-contained ONNX file out: what it takes and gives by name, and nothing of this machine in it.
+"""A module in, one self-contained ONNX graph out: what it takes and gives by name, and nothing of this machine in it.
 
 Owns PyTorch's exporter. Knows nothing of images, bundles or what the tensors mean.
 """
@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,14 +18,13 @@ from training.errors import ExportError
 OPSET = 18
 
 
-def save_graph(
-    module: nn.Module, path: Path, inputs: Mapping[str, Tensor], output: str, free: Mapping[str, Sequence[str | None]]
-) -> None:
-    """Write the ONNX file of a module, in evaluation mode, that takes `inputs` in this order and gives one tensor.
+def make_graph(
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str, free: Mapping[str, Sequence[str | None]]
+) -> onnx.ModelProto:
+    """Return the graph of a module, in evaluation mode, that takes `inputs` in this order and gives one tensor.
 
     Args:
         module: left on the CPU.
-        path: where the file goes.
         inputs: one example of each input. No free dimension of it may be 1, which the exporter would take for fixed.
         output: the name of what the module returns.
         free: for each input the names of its dimensions, None where one is fixed; equal names are equal sizes.
@@ -53,10 +51,10 @@ def save_graph(
         raise ExportError(f"The network cannot be exported: {str(error).splitlines()[0]}") from error
     if program is None:
         raise ExportError("The network cannot be exported: PyTorch returned no graph.")
-    model = program.model_proto
+    model: onnx.ModelProto = program.model_proto
     _strip(model)
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    return model
 
 
 @contextmanager
