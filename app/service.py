@@ -25,6 +25,7 @@ from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
+from app.keys import Keyring
 from app.manifest import Bundle
 from app.metrics import Metrics, ModelMetrics
 from app.pages import Page, WriterState
@@ -57,7 +58,7 @@ class Service:
             metrics: where it counts, and its page; None: by itself.
 
         Raises:
-            SettingsError: the models directory is missing or empty.
+            SettingsError: the models directory is missing or empty, or the key file is broken.
             RuntimeMissingError: there is no usable ONNX Runtime.
         """
         runtime.check_wheels(runtime.installed_wheels())
@@ -69,6 +70,7 @@ class Service:
         self.metrics = metrics or Metrics()
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show)
+        self.keyring = Keyring(settings.keys)
         self._shown: object = None
         self.repository = Repository(
             settings.models,
@@ -98,6 +100,7 @@ class Service:
             repository=self.repository,
             metrics=self.metrics,
             probes=self.probes,
+            keyring=self.keyring,
             limits=BodyLimits(
                 max_body_bytes=min(settings.max_body_bytes, settings.max_inflight_bytes),
                 max_images=min(settings.max_images_per_request, settings.max_inflight_images),
@@ -212,6 +215,7 @@ class Server(uvicorn.Server):
         """Tell, ten times a second, whether to stop."""
         self.service.show()
         if counter % TICKS_A_SECOND == 0:
+            self.service.keyring.refresh()
             now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
                 cast(Connection, connection).close_if_idle(now)

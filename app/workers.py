@@ -54,6 +54,8 @@ def serve(settings: Settings) -> None:
         SettingsError: no models, no port, no such device, or more than one worker on a system that cannot share memory.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
+    if not (settings.keys or settings.is_private()):
+        log.warning("whoever reaches this address may ask: no keys are set", extra={"host": settings.host})
     count = settings.workers or usable_cpus()
     if count == 1:
         from app import service

@@ -29,6 +29,7 @@ FLOORS = {
     "app.probes": 2,
     "app.golden": 3,
     "app.images": 2,
+    "app.keys": 1,
     "app.manifest": 1,
     "app.metrics": 1,
     "app.pages": 0,
