@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from app.errors import ForbiddenError, SettingsError, UnauthorizedError
+from app.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +58,8 @@ class Keyring:
         self.guarded = bool(path)
         """Whether there is a key file."""
         self._keys: tuple[Key, ...] = ()
-        self._seen: object = None
-        self._changed: object = None
+        self._watch = Watch([self._path] if path else [])
         if self.guarded:
-            self._seen = _stamp(self._path)
             self._keys = read_keys(self._path)
             if not self._keys:
                 log.warning("the key file holds no key: nobody can ask", extra={"file": path})
@@ -68,18 +67,10 @@ class Keyring:
     def refresh(self) -> None:
         """Read the file again if it has changed; to be called about once a second.
 
-        A broken file leaves the keys as they are. A file that changes is read when it has stayed the same from one call
-        to the next: not halfway through writing.
+        A broken file leaves the keys as they are.
         """
-        if not self.guarded:
+        if not self._watch.have_changed():
             return
-        stamp = _stamp(self._path)
-        if stamp == self._seen:
-            return
-        if stamp != self._changed:
-            self._changed = stamp
-            return
-        self._seen = stamp
         try:
             self._keys = read_keys(self._path)
         except SettingsError as fault:
@@ -209,12 +200,3 @@ def append_key(path: Path, name: str, line: str) -> None:
             file.write(f"{separator}{line}\n")
     except OSError as error:
         raise SettingsError(f"The key file {path} cannot be written: {error.strerror}.") from error
-
-
-def _stamp(path: Path) -> object:
-    """Return what changes when a file is written or replaced; None: it cannot be seen."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -48,6 +48,15 @@ class Settings(BaseModel):
     keys: str = Field(
         default="", description="File of API keys (convoy key); without one, everything but load and unload is open."
     )
+    tls_certificate: str = Field(
+        default="",
+        description="Certificate and its chain (PEM): the port then speaks HTTPS. Read again when renewed.",
+    )
+    tls_key: str = Field(default="", description="Its private key (PEM); empty: it is in the certificate's file.")
+    tls_key_password_file: str = Field(default="", description="File with the key's password, if it has one.")
+    tls_client_ca: str = Field(
+        default="", description="Authorities (PEM): only clients with a certificate from one of them may connect."
+    )
     models: Path = Field(default=Path("models"), description="Directory of bundles: <name>/<version>/model.json.")
     default_model: str = Field(
         default="", description="The model of POST /predict. Empty: imagenet, or the only model that is there."
@@ -162,9 +171,10 @@ class Settings(BaseModel):
             return self.host == "localhost"
 
     def local_url(self, port: int = 0) -> str:
-        """Return where a service with these settings answers on this machine; `port`: on another one of its ports."""
+        """Return where a service with these settings answers on this machine; `port`: on its port for probes."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{port or self.port}"
+        scheme = "https" if self.tls_certificate and not port else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port or self.port}"
 
     @classmethod
     def from_sources(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Self:

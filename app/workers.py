@@ -204,7 +204,8 @@ class Supervisor:
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         async with self._probe_port:
-            log.info("listening", extra={"url": url_of(self._listener), "workers": self._count})
+            url = url_of(self._listener, secure=bool(self._settings.tls_certificate))
+            log.info("listening", extra={"url": url, "workers": self._count})
             places = [Place(self._start()) for _ in range(self._count)]
             works: list[Coroutine[None, None, object]] = [
                 *map(self._keep, places),

@@ -25,7 +25,8 @@ FLOORS = {
     "app.repository": 5,
     "app.batcher": 4,
     "app.sessions": 3,
-    "app.accept": 2,
+    "app.accept": 3,
+    "app.tls": 2,
     "app.probes": 2,
     "app.golden": 3,
     "app.images": 2,
@@ -40,6 +41,7 @@ FLOORS = {
     "app.jpeg": 0,
     "app.logs": 0,
     "app.errors": 0,
+    "app.watch": 0,
     "app": 0,
 }
 PACKAGES = ("app.bench", "app.http")

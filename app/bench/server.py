@@ -17,7 +17,9 @@ from app.settings import flag_of, variable_of
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
-NOT_MEASURED = frozenset({variable_of("keys")})
+NOT_MEASURED = frozenset(
+    map(variable_of, ("keys", "tls_certificate", "tls_key", "tls_key_password_file", "tls_client_ca"))
+)
 """Variables of the service that is in use; the one that is measured is reached by nobody else, and does without."""
 
 
