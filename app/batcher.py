@@ -391,7 +391,7 @@ class Batcher:
     def _deliver(self, batch: Batch, busy: Number) -> None:
         """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""
         busy.inc(batch.infer_s)
-        self._metrics.batch_size.observe(batch.rows)
+        self._metrics.ran(batch.rows, batch.infer_s)
         for part in batch.slices:
             job = part.job
             if job.returned == 0:

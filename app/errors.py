@@ -103,6 +103,13 @@ class QueueFullError(ConvoyError):
         self.retry_after_s = retry_after_s
 
 
+class NotOfferedError(ConvoyError):
+    """The protocol has it, this service does not."""
+
+    status = 501
+    code = "not_offered"
+
+
 class UnavailableError(ConvoyError):
     """The model is loading or failed, or the service is draining."""
 

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from app import __version__
 from app.engine import Engine
-from app.http import errors, health, models, predict
+from app.http import errors, health, models, predict, v2
 from app.http.auth import Guard
 from app.http.bodies import BodyLimits
 from app.http.observe import Observe
@@ -45,7 +45,13 @@ def create_app(
     )
     errors.install(app)
     predictor = predict.Predictor(engine, limits, request_timeout_ms)
-    routers = [predict.routes(predictor), models.routes(repository), health.routes(probes)]
+    inferrer = v2.Inferrer(engine, limits, request_timeout_ms)
+    routers = [
+        predict.routes(predictor),
+        v2.routes(engine, repository, metrics, probes, inferrer),
+        models.routes(repository),
+        health.routes(probes),
+    ]
     for router in routers:
         app.include_router(router)
 
@@ -53,5 +59,9 @@ def create_app(
     async def root() -> Response:
         return RedirectResponse("/docs")
 
-    guard = Guard(predict.Front(app, predictor), keyring, [route for router in routers for route in router.routes])
+    guard = Guard(
+        predict.Front(v2.Front(app, inferrer), predictor),
+        keyring,
+        [route for router in routers for route in router.routes],
+    )
     return Observe(guard, metrics, access_log)

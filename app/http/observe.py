@@ -99,7 +99,7 @@ class Observe:
         seconds = time.monotonic() - trace.started
         route = trace.route or getattr(scope.get("route"), "path", "unmatched")
         self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
-        self._metrics.request_duration.labels(trace.model, route).observe(seconds)
+        self._metrics.request_duration.labels(trace.model, route, trace.version, trace.status).observe(seconds)
         if trace.code and trace.status not in _FAILED_INSIDE:
             self._metrics.rejected.labels(trace.model, trace.code).inc()
         if self._access_log and route not in _QUIET:
