@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -17,7 +18,6 @@ from fastapi import FastAPI
 from app import runtime
 from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, url_of
 from app.admission import Admission, Limits
-from app.batcher import Batcher
 from app.cpus import usable_cpus
 from app.engine import LocalEngine
 from app.errors import SettingsError
@@ -25,12 +25,11 @@ from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
-from app.manifest import Bundle
-from app.metrics import Metrics, ModelMetrics
+from app.loading import LoadedModel, Loader
+from app.metrics import Metrics
 from app.pages import Page, WriterState
 from app.probes import ProbePort, Probes
-from app.repository import Repository, State, check_graph, warm_up
-from app.sessions import OnnxSession, Session
+from app.repository import Repository, State
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -70,12 +69,16 @@ class Service:
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show)
         self._shown: object = None
-        self.repository = Repository(
-            settings.models,
+        self._loader = Loader(
             self.metrics,
-            default=settings.default_model,
-            open_sessions=self._open_sessions,
-            start=self._start_batcher,
+            device=settings.device,
+            sessions=settings.sessions or self.cpus,
+            threads_per_session=settings.threads_per_session,
+            max_batch=settings.max_batch,
+            linger_s=settings.linger_ms / 1000,
+        )
+        self.repository = Repository(
+            settings.models, self.metrics, default=settings.default_model, load=self._load_version
         )
         admission = Admission(
             Limits(
@@ -158,24 +161,8 @@ class Service:
         else:
             log.info("ready", extra={"default_model": self.repository.default, "cpus": self.cpus})
 
-    def _open_sessions(self, bundle: Bundle) -> list[Session]:
-        sessions: list[Session] = []
-        for _ in range(self.settings.sessions or self.cpus):
-            session = OnnxSession(bundle.model_path, self.settings.device, self.settings.threads_per_session)
-            check_graph(bundle, session)
-            sessions.append(session)
-        return sessions
-
-    def _start_batcher(self, bundle: Bundle, sessions: list[Session], metrics: ModelMetrics) -> Batcher:
-        for session in sessions:
-            warm_up(bundle, session, self.settings.max_batch)
-        return Batcher(
-            sessions,
-            max_batch=self.settings.max_batch,
-            linger_s=self.settings.linger_ms / 1000,
-            loop=self._loop,
-            metrics=metrics,
-        )
+    def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
+        return self._loader.load(name, version, directory, self._loop)
 
 
 class Server(uvicorn.Server):

@@ -23,7 +23,7 @@ from app.http.connection import Connection, connection_of
 from app.http.errors import send_error
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
-from app.repository import LoadedModel
+from app.loading import LoadedModel
 from app.scores import JsonWriter
 
 DEFAULT_TOP_K = 5
@@ -115,7 +115,7 @@ class _Form:
     """The answers of one model, with everything filled in that is the same in all of them."""
 
     def __init__(self, model: LoadedModel) -> None:
-        manifest = model.manifest
+        manifest = model.classifier
         self.name, self.version = manifest.name, manifest.version
         self.classes = len(manifest.labels)
         self._writer = JsonWriter(manifest.labels)
