@@ -18,6 +18,7 @@ FLOORS = {
     "app.bench": 10,
     "app.service": 9,
     "app.terminal": 9,
+    "app.grpc": 8,
     "app.http": 8,
     "app.offline": 8,
     "app.v2": 7.5,
@@ -45,7 +46,7 @@ FLOORS = {
     "app.errors": 0,
     "app": 0,
 }
-PACKAGES = ("app.bench", "app.http", "app.v2")
+PACKAGES = ("app.bench", "app.grpc", "app.http", "app.v2")
 TRAINING_MAY_IMPORT = {"app", "app.cpus", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
 
 
