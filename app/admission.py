@@ -214,6 +214,7 @@ class Ticket:
         "stage",
         "urgency",
     )
+    _timer: asyncio.TimerHandle
 
     def __init__(self, admission: Admission, lane: Lane, deadline: float, urgency: int) -> None:
         self._admission = admission

@@ -405,7 +405,7 @@ def _joined(families: Mapping[str, AnyFamily], pages: Sequence[Page]) -> dict[st
             # A page may hold what another version of this program has left there.
             if family is None or family.width != width or len(family.label_names) != len(labels):
                 continue
-            values = page.slots[first : first + width].tolist()
+            values = [page.slots[at] for at in range(first, first + width)]
             if isnan(values[0]):  # a gauge that is not shown
                 continue
             so_far = joined[name].get(labels)

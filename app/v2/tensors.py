@@ -20,6 +20,7 @@ Data = bytes | bytearray | memoryview | Sequence[Any]
 
 MAX_STRINGS = 1_000_000
 """Elements of one BYTES tensor. An empty one takes 4 bytes on the wire, and ten times as much as an object."""
+AT_ONCE = 65_536
 _LENGTH = 4
 _NUMBERS: dict[str, frozenset[type]] = {
     "b": frozenset({bool}),
@@ -75,7 +76,7 @@ def to_bytes(array: Array) -> bytes:
     """Return an array's elements in the binary form; objects are `bytes` or `str`."""
     if array.dtype != np.object_:
         return array.tobytes()
-    pieces = []
+    pieces: list[bytes] = []
     for element in array.ravel().tolist():
         encoded = element.encode() if isinstance(element, str) else element
         pieces += (len(encoded).to_bytes(_LENGTH, "little"), encoded)
@@ -155,9 +156,11 @@ def _values(name: str, datatype: str, shape: tuple[int, ...], data: Sequence[Any
         raise BadRequestError(f"Input '{name}' is FP16, which is taken in binary form only: send binary_data_size.")
     dtype = DATATYPES[datatype]
     _refuse_others(name, datatype, kinds, _NUMBERS[dtype.kind])
+    array = np.empty(len(flat), dtype)
     try:
         with np.errstate(over="ignore"):
-            array = np.array(flat, dtype)
+            for start in range(0, len(flat), AT_ONCE):  # NumPy holds the interpreter's lock while it converts
+                array[start : start + AT_ONCE] = flat[start : start + AT_ONCE]
     except OverflowError:
         raise BadRequestError(f"Input '{name}' has a number beyond the range of {datatype}.") from None
     if dtype.kind == "f" and not np.isfinite(array).all():
