@@ -185,7 +185,10 @@ class Service:
             engine=self.engine,
             repository=self.repository,
             metrics=self.metrics,
+            keyring=self.keyring,
+            certificate=self.certificate,
             why_not_ready=self.why_not_ready,
+            operations=None,
             settings=self.settings,
         )
 

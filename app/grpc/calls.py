@@ -169,6 +169,14 @@ class Calls:
 
         async def serve(requests: AsyncIterator[bytes], context: Context) -> None:
             strict = dict(context.invocation_metadata() or ()).get("triton_grpc_error") == "true"
+            try:
+                self._enter(context, route)
+            except ConvoyError as fault:
+                call = _begin(context, route)
+                try:
+                    await _abort(context, call, fault)
+                finally:
+                    self._record(call, quiet=False)
             line = _Line(requests, lambda data: one(data, context, strict))
             self._readers.add(line.reader)
             line.reader.add_done_callback(self._readers.discard)

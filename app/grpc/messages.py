@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
-from app.errors import BadRequestError
+from app.errors import BadRequestError, TooLargeError
 from app.grpc import inference_pb2 as pb
 from app.v2.inference import InferRequest, InferResponse, InputTensor, WantedOutput
 from app.v2.tensors import to_bytes
@@ -16,6 +16,12 @@ Answer = TypeVar("Answer", bound=Message)
 EMPTY_FINAL_RESPONSE = "triton_enable_empty_final_response"
 """Set by Triton's client on each request of a stream that asks for it; here every response is the final one."""
 FINAL_RESPONSE = "triton_final_response"
+
+MAX_PARTS = 1000
+"""Inputs, outputs or parameters of one request."""
+MAX_TYPED_ELEMENTS = 4_000_000
+TYPED_ELEMENT_BYTES = 40
+"""An element of `contents` as a Python object in a list; raw contents cost their own bytes."""
 
 _LISTS = {
     "BOOL": "bool_contents",
@@ -32,6 +38,26 @@ _LISTS = {
     "BYTES": "bytes_contents",
 }
 """Datatype → the list of `InferTensorContents` that its elements are in."""
+
+
+def cost_of(message: pb.ModelInferRequest) -> int:
+    """Return how many bytes a request takes while it is inside: its message, and typed elements as objects beside it.
+
+    Raises:
+        TooLargeError: it has more typed elements than one request may have.
+        BadRequestError: it has more parts than any model has tensors.
+    """
+    for name, parts in (("inputs", message.inputs), ("outputs", message.outputs), ("parameters", message.parameters)):
+        if len(parts) > MAX_PARTS:
+            raise BadRequestError(f"The request has {len(parts):,} {name}; at most {MAX_PARTS:,} are taken.")
+    elements = sum(len(values) for tensor in message.inputs for _, values in tensor.contents.ListFields())
+    if elements > MAX_TYPED_ELEMENTS:
+        raise TooLargeError(
+            f"The request holds {elements:,} values in contents, more than {MAX_TYPED_ELEMENTS:,}: "
+            "send tensors as raw_input_contents.",
+            code="too_many_values",
+        )
+    return message.ByteSize() + elements * TYPED_ELEMENT_BYTES
 
 
 def request_of(message: pb.ModelInferRequest) -> InferRequest:
@@ -73,7 +99,7 @@ def _inputs(message: pb.ModelInferRequest) -> Iterator[InputTensor]:
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise BadRequestError(
-            f"The request has {len(message.inputs):,} inputs and {len(raw):,} raw_input_contents: one for each, or none."
+            f"The request has {len(message.inputs):,} inputs, but {len(raw):,} raw_input_contents: one each, or none."
         )
     for index, tensor in enumerate(message.inputs):
         typed = _typed(tensor)

@@ -1,18 +1,19 @@
 """The methods of `GRPCInferenceService`: each takes a message and gives a message, by the same core as REST."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from app.admission import Ticket
 from app.engine import Engine
-from app.errors import ConvoyError, UnavailableError, UnknownModelError
+from app.errors import BadRequestError, ConvoyError, NotOfferedError, UnavailableError, UnknownModelError
 from app.grpc import inference_pb2 as pb
 from app.grpc.calls import Call, Calls, Context
-from app.grpc.messages import FINAL_RESPONSE, filled, request_of, response_of
+from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, request_of, response_of
 from app.metrics import Metrics
 from app.repository import Repository
 from app.v2 import metadata
@@ -21,9 +22,9 @@ from app.v2.inference import infer
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 _NOT_OFFERED = {
-    "SharedMemory": "Shared memory is not offered: send tensors in the request.",
-    "TraceSetting": "Trace settings are not offered.",
-    "LogSettings": "Log settings are not offered: they are given at start, with --log-level and --log-format.",
+    "SharedMemory": "Shared memory is not offered.",
+    "TraceSetting": "Tracing is not offered.",
+    "LogSettings": "Changing the log over the API is not offered.",
 }
 """Part of a method's name in Triton's service → what it is answered."""
 
@@ -41,6 +42,18 @@ class CallLimits:
     timeout_ms: int
 
 
+class Operations(Protocol):
+    """Loading and unloading, in every process of the service."""
+
+    async def load(self, name: str, version: str | None = None) -> object:
+        """Look at a model's folder again, and serve what it says."""
+        ...
+
+    async def unload(self, name: str, version: str | None = None) -> object:
+        """Serve a model no longer."""
+        ...
+
+
 class Methods(grpc.GenericRpcHandler):
     """The service, over an engine and a repository."""
 
@@ -52,6 +65,7 @@ class Methods(grpc.GenericRpcHandler):
         calls: Calls,
         limits: CallLimits,
         why_not_ready: Callable[[], str],
+        operations: Operations | None,
     ) -> None:
         self._engine = engine
         self._repository = repository
@@ -59,6 +73,7 @@ class Methods(grpc.GenericRpcHandler):
         self._calls = calls
         self._limits = limits
         self._why_not_ready = why_not_ready
+        self._operations = operations
         quiet = {"quiet": True}
         offered: list[tuple[str, Any, Any, dict[str, bool]]] = [
             ("ServerLive", self._server_live, pb.ServerLiveRequest, quiet),
@@ -70,6 +85,8 @@ class Methods(grpc.GenericRpcHandler):
             ("ModelStatistics", self._model_statistics, pb.ModelStatisticsRequest, {}),
             ("ModelInfer", self._model_infer, pb.ModelInferRequest, {}),
             ("RepositoryIndex", self._repository_index, pb.RepositoryIndexRequest, {}),
+            ("RepositoryModelLoad", self._load, pb.RepositoryModelLoadRequest, {}),
+            ("RepositoryModelUnload", self._unload, pb.RepositoryModelUnloadRequest, {}),
         ]
         self._handlers = {
             f"/{SERVICE}/{name}": calls.unary(f"/{SERVICE}/{name}", method, message, **options)
@@ -126,15 +143,35 @@ class Methods(grpc.GenericRpcHandler):
         call.model, call.version = model.name, model.version
         deadline = min(call.deadline, call.started + self._limits.timeout_ms / 1000)
         with self._engine.admit(model, deadline) as ticket, _Leaving(ticket, call, self._calls):
-            ticket.hold_bytes(request.ByteSize())
+            ticket.hold_bytes(cost_of(request))
             response = await infer(self._engine, model, request_of(request), ticket, self._limits.rows)
         call.images = response.rows
-        return response_of(response)
+        answer = response_of(response)
+        model.metrics.post.observe(time.monotonic() - response.ran_at)
+        return answer
 
     async def _model_stream_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelStreamInferResponse:
         response = await self._model_infer(request, call)
         response.parameters[FINAL_RESPONSE].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=response)
+
+    async def _load(self, request: pb.RepositoryModelLoadRequest, call: Call) -> pb.RepositoryModelLoadResponse:
+        name = _model_of(request)
+        for parameter in request.parameters:
+            if parameter == "config" or parameter.startswith("file:"):
+                raise BadRequestError(f"The parameter '{parameter[:80]}' is refused: models come from the disk alone.")
+        await self._offered_operations().load(name)
+        return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
+
+    async def _unload(self, request: pb.RepositoryModelUnloadRequest, call: Call) -> pb.RepositoryModelUnloadResponse:
+        name = _model_of(request)
+        await self._offered_operations().unload(name)
+        return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
+
+    def _offered_operations(self) -> Operations:
+        if self._operations is None:
+            raise NotOfferedError("Loading and unloading over the API is not offered.")
+        return self._operations
 
 
 class _Leaving:
@@ -151,6 +188,11 @@ class _Leaving:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, asyncio.CancelledError) and not self._calls.cutting_off:
             self._ticket.abandon()
+
+
+def _model_of(request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> str:
+    """Return the model's name, which KServe's clients have where Triton's have the repository's."""
+    return request.model_name or request.repository_name
 
 
 def _refused_in_stream(request: pb.ModelInferRequest | None, fault: ConvoyError) -> pb.ModelStreamInferResponse:

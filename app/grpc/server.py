@@ -7,6 +7,7 @@ accepts by itself, so that the workers cannot do it in turn as they do for HTTP.
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -18,10 +19,13 @@ from grpc_reflection.v1alpha import reflection
 from app.engine import Engine
 from app.errors import SettingsError
 from app.grpc.calls import Calls
-from app.grpc.methods import SERVICE, CallLimits, Methods
+from app.grpc.entry import credentials_of, doorkeeper
+from app.grpc.methods import SERVICE, CallLimits, Methods, Operations
+from app.keys import Keyring
 from app.metrics import Metrics
 from app.repository import Repository
 from app.settings import Settings
+from app.tls import Certificate
 
 log = logging.getLogger(__name__)
 
@@ -33,30 +37,35 @@ LAST_REQUEST_S = 0.5
 STEP_S = 0.02
 
 
-def _enter(context: object, route: str) -> str:
-    return ""
-
-
 def create_front(
     *,
     engine: Engine,
     repository: Repository,
     metrics: Metrics,
+    keyring: Keyring,
+    certificate: Certificate | None,
     why_not_ready: Callable[[], str],
+    operations: Operations | None,
     settings: Settings,
 ) -> "Front":
-    """Return the front over an engine and a repository, as the settings want it."""
-    calls = Calls(metrics, enter=_enter, access_log=settings.access_log)
+    """Return the front over an engine and a repository, as the settings want it.
+
+    Raises:
+        SettingsError: the certificate's key is encrypted.
+    """
+    client_ca = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
+    calls = Calls(metrics, enter=doorkeeper(keyring), access_log=settings.access_log)
     limits = CallLimits(
         rows=min(settings.max_images_per_request, settings.max_inflight_images), timeout_ms=settings.request_timeout_ms
     )
     return Front(
-        Methods(engine, repository, metrics, calls, limits, why_not_ready),
+        Methods(engine, repository, metrics, calls, limits, why_not_ready, operations),
         calls,
         host=settings.host,
         port=settings.grpc_port,
         max_message_bytes=min(settings.max_body_bytes, settings.max_inflight_bytes),
         idle_s=settings.keep_alive_s,
+        credentials=None if certificate is None else credentials_of(certificate, client_ca),
     )
 
 

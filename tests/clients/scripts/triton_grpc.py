@@ -31,9 +31,7 @@ def encoded_input(server, *names):
 
 
 def every_input():
-    return [
-        triton.InferInput(name, array.shape, name).set_data_from_numpy(array) for name, array in EVERY_KIND.items()
-    ]
+    return [triton.InferInput(name, array.shape, name).set_data_from_numpy(array) for name, array in EVERY_KIND.items()]
 
 
 def assert_every_kind(result):
@@ -82,7 +80,7 @@ def check_model_config(server):
     """get_model_config"""
     config = client_of(server).get_model_config("colours").config
     assert config.name == "colours" and config.max_batch_size > 0
-    [tensor], [output] = config.input, config.output
+    [tensor] = config.input
     assert (tensor.name, list(tensor.dims)) == ("image", [16, 16, 3])
     as_json = client_of(server).get_model_config("colours", as_json=True)["config"]
     assert as_json["input"][0]["data_type"] == "TYPE_UINT8"
