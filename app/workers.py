@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from app import logs
-from app.accept import listen, listen_for_probes, url_of
+from app.accept import listen, listen_for_probes, reserve_for_grpc, url_of
 from app.cpus import usable_cpus
 from app.errors import ConvoyError, SettingsError
 from app.metrics import Metrics
@@ -64,7 +64,7 @@ def serve(settings: Settings) -> None:
         return
     if not hasattr(os, "memfd_create"):
         raise SettingsError("More than one worker needs Linux: set --workers 1 or CONVOY_WORKERS=1.")
-    with listen(settings.host, settings.port) as listener:
+    with listen(settings.host, settings.port) as listener, reserve_for_grpc(settings):
         Supervisor(settings, count, listener, listen_for_probes(settings)).run()
 
 
