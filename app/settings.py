@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "CONVOY_"
+CLIENT_VARIABLES = frozenset({"CONVOY_URL", "CONVOY_API_KEY"})
+"""Are the Python client's, and may be set where a command of the service runs; to it they say nothing."""
 
 
 class Settings(BaseModel):
@@ -165,7 +167,7 @@ class Settings(BaseModel):
         values: dict[str, Any] = {}
         origin: dict[str, str] = {}
         for variable, value in environment.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX):
+            if not variable.startswith(ENVIRONMENT_PREFIX) or variable in CLIENT_VARIABLES:
                 continue
             field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             if field not in cls.model_fields:

@@ -1,5 +1,6 @@
 """What both shells tell httpx, and what its faults mean to the core."""
 
+import re
 from typing import Any
 
 import httpx
@@ -37,4 +38,5 @@ def prepared(url: str, step: Send) -> dict[str, Any]:
 def lost(error: httpx.RequestError) -> Lost:
     """Return what a fault of httpx is to the core. What it waits for lasts until the deadline, save the connecting."""
     late = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
-    return Lost(str(error).strip().rstrip(".") or type(error).__name__, late=late)
+    reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)).strip().rstrip(".")
+    return Lost(reason or type(error).__name__, late=late)
