@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # loaded when a command needs them
     from app.offline import Classifier
     from app.remote import RemoteClassifier
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -125,7 +125,7 @@ def _serve(options: argparse.Namespace) -> NoReturn:
     settings = _settings(options)
     logs.configure(settings.log_format, settings.log_level)
     if "CONVOY_API_KEY" in os.environ:
-        logger.warning("CONVOY_API_KEY is a client's key: it protects nothing here")
+        log.warning("CONVOY_API_KEY is a client's key: it protects nothing here")
     workers.serve(settings)
     # All is answered and said. A decode or a load that is stuck in native code would hold up the interpreter's own end,
     # or make it abort: neither may turn a clean drain into a crash.
