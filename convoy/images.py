@@ -88,7 +88,7 @@ def encoded(image: ImageLike) -> bytes:
     """
     data = _encoded(image)
     if not data:
-        raise BadImageError("The image is empty.", code="bad_image", index=0)
+        raise BadImageError("The image is empty.", code="bad_image")
     return data
 
 
@@ -121,7 +121,7 @@ def _file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         sentence = f"The file {path} cannot be read: {error.strerror}."
-        raise BadImageError(sentence, code="unreadable", index=0) from error
+        raise BadImageError(sentence, code="unreadable") from error
 
 
 def _png_of_pixels(pixels: Any) -> bytes:
@@ -131,7 +131,6 @@ def _png_of_pixels(pixels: Any) -> bytes:
         raise BadImageError(
             f"An array of {pixels.dtype} [{shape}] is no image: give uint8 [height, width, 3] in RGB.",
             code="bad_image",
-            index=0,
         )
     from PIL import Image
 
@@ -153,5 +152,5 @@ def _png(image: "Image") -> bytes:
         image.save(buffer, "PNG", compress_level=_QUICK, exif=exif.tobytes() if orientation != 1 else b"")
     except (OSError, ValueError, SyntaxError) as error:
         sentence = f"The Pillow image cannot be encoded: {str(error).rstrip('.')}."
-        raise BadImageError(sentence, code="bad_image", index=0) from error
+        raise BadImageError(sentence, code="bad_image") from error
     return buffer.getvalue()

@@ -14,6 +14,10 @@ from tests.servers import convoy as service
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs/client.md").read_text()
+MOVED = """import convoy
+for kind in convoy.Client, convoy.AsyncClient:
+    kind.__init__.__defaults__ = ("{url}",)
+"""
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -30,8 +34,7 @@ def test_every_example_says_what_it_prints():
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_prints_what_the_page_says(real, code, printed):
     """Port 8000 of this machine may be somebody else's, so the address is changed, and nothing else."""
-    default = f"import convoy\nfor kind in convoy.Client, convoy.AsyncClient:\n    kind.__init__.__defaults__ = ({real.url!r},)\n"
-    program = default + code.replace(DEFAULT_URL, real.url)
+    program = MOVED.format(url=real.url) + code.replace(DEFAULT_URL, real.url)
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == (printed, "")
 
