@@ -214,6 +214,7 @@ class Ticket:
         "stage",
         "urgency",
     )
+    _timer: asyncio.TimerHandle
 
     def __init__(self, admission: Admission, lane: Lane, deadline: float, urgency: int) -> None:
         self._admission = admission
@@ -296,6 +297,13 @@ class Ticket:
             lane.let_go(1)
 
         return give_back
+
+    def shorten(self, deadline: float) -> None:
+        """Bring the deadline forward; one that is later than the present one changes nothing. Only inside the block."""
+        if deadline < self.deadline:
+            self.deadline = deadline
+            self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), self._end, "deadline")
 
     def abandon(self) -> None:
         """End the stay: nobody waits for the answer any more."""

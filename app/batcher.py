@@ -10,8 +10,7 @@ images or files.
     abandon(job) ──x                    session.run()
     _deliver(batch) <── call_soon_threadsafe ──┘
 
-A job belongs to the event loop, except `taken`, which the line's lock guards, and the rows of `scores` that a batch
-has taken, which its session thread alone writes until it hands them back.
+A job belongs to the event loop, except `taken`, which the line's lock guards.
 """
 
 import asyncio
@@ -20,16 +19,16 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from app.cpus import step_back
 from app.errors import ConvoyError, InferenceError, UnavailableError
 from app.metrics import ModelMetrics, Number
 from app.sessions import Session
+from app.tensors import Array
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +46,15 @@ class Job:
     """One request's rows on their way through the sessions.
 
     Attributes:
-        pixels: uint8 `[n, height, width, 3]`.
+        inputs: one array per input of the graph, each `[rows, …]`.
+        rows: how many there are; 1 for a request that runs whole, whatever its arrays' shapes.
         deadline: clock time after which nobody wants the answer, seconds.
         urgency: 0 (first) to 7 (last); the more urgent are taken first, whatever waits longer.
-        answer: the future that gets float32 `[n, classes]` or the job's error.
+        kind: jobs of equal kinds may share a batch.
+        answer: the future that gets one array per output of the graph, each `[rows, …]`, or the job's error.
         taken: rows that a session has taken so far.
         returned: rows whose batch has come back.
+        parts: what came back of a job that was split, by first row.
         queued_s, infer_s: waiting time up to the first run, and longest run, seconds.
     """
 
@@ -60,27 +62,33 @@ class Job:
         "answer",
         "deadline",
         "infer_s",
-        "pixels",
+        "inputs",
+        "kind",
+        "parts",
         "queued_at",
         "queued_s",
         "returned",
-        "scores",
+        "rows",
         "taken",
         "urgency",
     )
 
     def __init__(
         self,
-        pixels: NDArray[np.uint8],
+        inputs: tuple[Array, ...],
+        rows: int,
         deadline: float,
-        answer: asyncio.Future[NDArray[np.float32]],
+        answer: asyncio.Future[tuple[Array, ...]],
         urgency: int = DEFAULT_URGENCY,
+        kind: Hashable = None,
     ) -> None:
-        self.pixels = pixels
+        self.inputs = inputs
+        self.rows = rows
         self.deadline = deadline
         self.urgency = urgency
+        self.kind = kind
         self.answer = answer
-        self.scores: NDArray[np.float32] | None = None
+        self.parts: dict[int, tuple[Array, ...]] | None = None
         self.taken = 0
         self.returned = 0
         self.queued_at = 0.0
@@ -90,23 +98,31 @@ class Job:
     @property
     def waiting_rows(self) -> int:
         """Rows that no session has taken yet."""
-        return len(self.pixels) - self.taken
+        return self.rows - self.taken
 
 
 @dataclass(slots=True)
 class Slice:
-    """Rows `start` to `stop` of one job, in one batch; `scores` or `error` once they ran."""
+    """Rows `start` to `stop` of one job, in one batch; `outputs` or `error` once they ran."""
 
     job: Job
     start: int
     stop: int
-    scores: NDArray[np.float32] | None = None
+    outputs: tuple[Array, ...] | None = None
     error: ConvoyError | None = None
 
     @property
-    def pixels(self) -> NDArray[np.uint8]:
-        """This slice's rows, uint8 `[stop - start, height, width, 3]`."""
-        return self.job.pixels[self.start : self.stop]
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.stop - self.start
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """This slice's rows of each input."""
+        job = self.job
+        if self.rows == job.rows:
+            return job.inputs
+        return tuple([array[self.start : self.stop] for array in job.inputs])
 
 
 @dataclass(slots=True)
@@ -222,6 +238,17 @@ class Line:
                 self._remove(job)
         return None
 
+    def _fitting(self, kind: Hashable, now: float) -> Job | None:
+        """Return the first job of a kind that is still wanted."""
+        job = self._head(now)
+        if job is None or job.kind == kind:
+            return job
+        for queue in self._queues:
+            for job in queue:
+                if job.kind == kind and job.deadline > now:
+                    return job
+        return None
+
     def _patience(self, now: float) -> float:
         """Seconds that the next batch may still wait to fill up."""
         if not self._linger_s or self.closed or self.rows >= self._max_batch:
@@ -232,12 +259,14 @@ class Line:
     def _next_batch(self, now: float) -> Batch:
         batch = Batch(taken_at=now)
         limit = self._fair_share()
-        while batch.rows < limit and (job := self._head(now)) is not None:
+        job = self._head(now)
+        while job is not None:
             rows = min(job.waiting_rows, limit - batch.rows)
             batch.add(job, rows)
             self.rows -= rows
             if not job.waiting_rows:
                 del self._queues[job.urgency][job]
+            job = self._fitting(job.kind, now) if batch.rows < limit else None
         if self.rows:
             self._changed.notify()
         return batch
@@ -288,23 +317,33 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, pixels: NDArray[np.uint8], deadline: float, urgency: int = DEFAULT_URGENCY) -> Job:
-        """Put rows in line, to be batched with whatever else waits. Call on the event loop.
+    def submit(
+        self,
+        inputs: tuple[Array, ...],
+        rows: int,
+        deadline: float,
+        urgency: int = DEFAULT_URGENCY,
+        kind: Hashable = None,
+    ) -> Job:
+        """Put rows in line, to be batched with whatever else of their kind waits. Call on the event loop.
 
         Args:
-            pixels: uint8 `[n, height, width, 3]`; more than `max_batch` rows run as several batches.
+            inputs: one array per input of the graph, each `[rows, …]`.
+            rows: how many; more than `max_batch` run as several batches.
             deadline: clock time after which the rows are not run any more, seconds.
             urgency: 0 (first) to 7 (last).
+            kind: equal for rows that one run can take together; a request that must run alone, in shapes of its own,
+                is one row of a kind that no other has.
 
         Returns:
-            The job; await its `answer` (float32 `[n, classes]`, or InferenceError), and abandon it if you give up.
+            The job; await its `answer` (one array per output, or InferenceError), and abandon it if you give up.
 
         Raises:
             UnavailableError: the batcher is closed.
         """
         if self._line.closed:
             raise UnavailableError("The model is being unloaded; try again.")
-        job = Job(pixels, deadline, self._loop.create_future(), urgency)
+        job = Job(inputs, rows, deadline, self._loop.create_future(), urgency, kind)
         if not self._arrived:
             # One lock and one wake-up for all that arrive in this turn of the loop, and they share a batch.
             self._loop.call_soon(self._enter_line)
@@ -352,12 +391,12 @@ class Batcher:
     def _deliver(self, batch: Batch, busy: Number) -> None:
         """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""
         busy.inc(batch.infer_s)
-        self._metrics.batch_size.observe(batch.rows)
+        self._metrics.ran(batch.rows, batch.infer_s)
         for part in batch.slices:
             job = part.job
             if job.returned == 0:
                 job.queued_s = batch.taken_at - job.queued_at
-            job.returned += part.stop - part.start
+            job.returned += part.rows
             job.infer_s = max(job.infer_s, batch.infer_s)
             if not job.answer.done():  # done: cancelled, or another slice of it failed
                 _settle(job, part)
@@ -367,33 +406,42 @@ def _settle(job: Job, part: Slice) -> None:
     if part.error is not None:
         job.answer.set_exception(part.error)
         return
-    assert part.scores is not None, "a slice that ran has scores or an error"
-    if len(part.scores) == len(job.pixels):
-        job.scores = part.scores
-    else:
-        if job.scores is None:
-            job.scores = np.empty((len(job.pixels), part.scores.shape[1]), np.float32)
-        job.scores[part.start : part.stop] = part.scores
-    if job.returned == len(job.pixels):
-        job.answer.set_result(job.scores)
+    assert part.outputs is not None, "a slice that ran has outputs or an error"
+    if part.rows == job.rows:
+        job.answer.set_result(part.outputs)
+        return
+    if job.parts is None:
+        job.parts = {}
+    job.parts[part.start] = part.outputs
+    if job.returned == job.rows:
+        in_order = [job.parts[start] for start in sorted(job.parts)]
+        try:
+            job.answer.set_result(tuple([np.concatenate(arrays) for arrays in zip(*in_order, strict=True)]))
+        except ValueError as error:
+            job.answer.set_exception(
+                InferenceError(f"The batches that this request was split into gave different shapes: {error}.")
+            )
 
 
 def _run(session: Session, batch: Batch) -> None:
     """Run a batch; where it fails, run its jobs one by one, so that only the guilty one fails."""
     parts = batch.slices
     try:
-        scores = session.run(parts[0].pixels if len(parts) == 1 else np.concatenate([part.pixels for part in parts]))
-        if not math.isfinite(scores.sum()):
-            raise ValueError("it gave an answer that is no number")
+        if len(parts) == 1:
+            parts[0].outputs = session.run(*parts[0].inputs)
+            return
+        together = [np.concatenate(arrays) for arrays in zip(*[part.inputs for part in parts], strict=True)]
+        outputs = session.run(*together)
+        if any(len(array) != batch.rows for array in outputs):
+            raise ValueError(f"for {batch.rows} rows it gave {[len(array) for array in outputs]}")
     except Exception as error:  # whatever a session raises becomes the job's answer, never the thread's end
         if len(parts) == 1:
             parts[0].error = InferenceError(f"The model failed on this request: {error}")
             return
         for part in parts:
-            _run(session, Batch(batch.taken_at, [part], part.stop - part.start))
+            _run(session, Batch(batch.taken_at, [part], part.rows))
         return
     row = 0
     for part in parts:
-        rows = part.stop - part.start
-        part.scores = scores[row : row + rows]
-        row += rows
+        part.outputs = tuple([array[row : row + part.rows] for array in outputs])
+        row += part.rows

@@ -7,11 +7,11 @@ nothing of HTTP.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,10 @@ from app.batcher import DEFAULT_URGENCY
 from app.cpus import step_back
 from app.errors import ConvoyError, TooLargeError
 from app.images import count_pixels, decode
+from app.loading import LoadedModel
 from app.manifest import PixelRecipe
-from app.repository import LoadedModel, Repository
+from app.repository import Repository
+from app.tensors import Array
 
 INLINE_BYTES = 4096
 INLINE_PIXELS = 128 * 128
@@ -46,11 +48,29 @@ class Prediction:
     stages: Stages
 
 
+@dataclass(slots=True)
+class Inference:
+    """The answer to one request of tensors: an array per output of the model, in its order."""
+
+    model: LoadedModel
+    outputs: tuple[Array, ...]
+    stages: Stages
+
+
 class Engine(Protocol):
     """What a front may ask for."""
 
-    def model(self, name: str | None) -> LoadedModel:
-        """Return a model that takes work, or raise UnknownModelError or UnavailableError; None: the default one."""
+    def model(self, name: str | None, version: str | None = None) -> LoadedModel:
+        """Return a model that takes work.
+
+        Args:
+            name: the model's; None: the default one.
+            version: None: the one that is served to whoever does not ask for one.
+
+        Raises:
+            UnknownModelError: there is no such model, or version.
+            UnavailableError: it is loading, or it failed to load.
+        """
         ...
 
     def admit(self, model: LoadedModel, deadline: float, urgency: int = DEFAULT_URGENCY) -> Ticket:
@@ -81,9 +101,28 @@ class Engine(Protocol):
             Probabilities in the order of the images.
 
         Raises:
+            BadRequestError: the model takes tensors, not images.
             QueueFullError: the images do not fit in.
             BadImageError, TooLargeError: an image is refused; with several images the sentence names its index.
             InferenceError: the session failed on these images.
+        """
+        ...
+
+    async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
+        """Run tensors through a model.
+
+        Args:
+            model: from `model()`.
+            inputs: an array per input of the model, in its order, of its datatype and a shape that it takes. Where the
+                model batches, all have the same first dimension, at least 1.
+            ticket: the request's own, whose block this runs in.
+
+        Returns:
+            An array per output, in the model's order.
+
+        Raises:
+            QueueFullError: the rows do not fit in.
+            InferenceError: the session failed on these rows.
         """
         ...
 
@@ -99,9 +138,9 @@ class LocalEngine:
         self._max_image_pixels = max_image_pixels
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode", initializer=step_back)
 
-    def model(self, name: str | None) -> LoadedModel:
+    def model(self, name: str | None, version: str | None = None) -> LoadedModel:
         """See `Engine.model`."""
-        return self._repository.get(name)
+        return self._repository.get(name, version)
 
     def admit(self, model: LoadedModel, deadline: float, urgency: int = DEFAULT_URGENCY) -> Ticket:
         """See `Engine.admit`."""
@@ -111,27 +150,32 @@ class LocalEngine:
 
     async def classify(self, model: LoadedModel, images: Sequence[bytes], ticket: Ticket) -> Prediction:
         """See `Engine.classify`."""
+        recipe = model.classifier.pixels
         ticket.hold_images(len(images))
         ticket.stage = "decode"
         stages = Stages()
         started = time.monotonic()
-        pixels = _decode_small(images, model.manifest.pixels)
+        pixels = _decode_small(images, recipe)
         if pixels is None:
-            pixels = await self._decode(model, images, ticket)
+            pixels = await self._decode(recipe, images, ticket)
         stages.decode_s = time.monotonic() - started
-        probabilities = await self._infer(model, pixels, ticket, stages)
-        metrics = model.metrics
-        metrics.decode.observe(stages.decode_s)
-        metrics.queue.observe(stages.queue_s)
-        metrics.infer.observe(stages.infer_s)
-        metrics.images.inc(len(images))
-        return Prediction(model, probabilities, stages)
+        model.metrics.decode.observe(stages.decode_s)
+        outputs = await self._run(model, (pixels,), len(images), None, ticket, stages)
+        return Prediction(model, cast(NDArray[np.float32], outputs[0]), stages)
+
+    async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
+        """See `Engine.infer`."""
+        rows = len(inputs[0]) if model.max_batch else 1
+        ticket.hold_images(rows)
+        stages = Stages()
+        outputs = await self._run(model, tuple(inputs), rows, model.kind_of(inputs), ticket, stages)
+        return Inference(model, outputs, stages)
 
     def close(self) -> None:
         """Stop the decode pool; a decode that runs cannot be interrupted, and is not waited for."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def _decode(self, model: LoadedModel, images: Sequence[bytes], ticket: Ticket) -> NDArray[np.uint8]:
+    async def _decode(self, recipe: PixelRecipe, images: Sequence[bytes], ticket: Ticket) -> NDArray[np.uint8]:
         """Decode all images in the pool; on cancellation those that have not started never do."""
         for index, image in enumerate(images):
             try:
@@ -139,7 +183,6 @@ class LocalEngine:
             except ConvoyError as error:
                 raise _naming(error, index, images) from None
             ticket.hold_pixels(pixels)
-        recipe = model.manifest.pixels
         running = [self._decoders.submit(decode, image, recipe, self._max_image_pixels) for image in images]
         try:
             decoded = await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
@@ -154,19 +197,30 @@ class LocalEngine:
                 raise result
         return np.stack(decoded)  # type: ignore[arg-type]  # no exception is left in it
 
-    async def _infer(
-        self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, stages: Stages
-    ) -> NDArray[np.float32]:
+    async def _run(
+        self,
+        model: LoadedModel,
+        inputs: tuple[Array, ...],
+        rows: int,
+        kind: Hashable,
+        ticket: Ticket,
+        stages: Stages,
+    ) -> tuple[Array, ...]:
         ticket.stage = "queue"
-        job = model.batcher.submit(pixels, ticket.deadline, ticket.urgency)
+        job = model.batcher.submit(inputs, rows, ticket.deadline, ticket.urgency, kind)
         try:
-            return await job.answer
+            outputs = await job.answer
         finally:
             stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
             if job.waiting_rows:
                 model.batcher.abandon(job)
             if job.taken:  # only now: until it was abandoned, a session may have taken it
                 ticket.stage = "infer"
+        metrics = model.metrics
+        metrics.queue.observe(stages.queue_s)
+        metrics.infer.observe(stages.infer_s)
+        metrics.images.inc(rows)
+        return outputs
 
 
 def _decode_small(images: Sequence[bytes], recipe: PixelRecipe) -> NDArray[np.uint8] | None:

@@ -43,6 +43,20 @@ class LostBodyError(BadRequestError):
     closes = True
 
 
+class UnauthorizedError(ConvoyError):
+    """The request needs a key, and brings none or an unknown one."""
+
+    status = 401
+    code = "auth"
+
+
+class ForbiddenError(ConvoyError):
+    """The request's key is known, and not for this."""
+
+    status = 403
+    code = "auth"
+
+
 class UnknownModelError(ConvoyError):
     """No model, or no version of it, has that name."""
 
@@ -87,6 +101,13 @@ class QueueFullError(ConvoyError):
     def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+
+
+class NotOfferedError(ConvoyError):
+    """The protocol has it, this service does not."""
+
+    status = 501
+    code = "not_offered"
 
 
 class UnavailableError(ConvoyError):

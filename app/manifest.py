@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from app.errors import BundleError
+from app.tensors import Array
 
 MANIFEST_FILE = "model.json"
 MODEL_FILE = "model.onnx"
 GOLDEN_DIRECTORY = "golden"
 PROBABILITIES_FILE = "golden/probabilities.npy"
+TENSORS_FILE = "golden/tensors.npz"
 
 INPUT_NAME = "image"
 """Graph input: uint8 `[N, height, width, 3]`, RGB, 0–255."""
@@ -136,6 +138,34 @@ class Manifest(_Record):
         return self
 
 
+class TensorGolden(_Record):
+    """Inputs and the outputs they must give: arrays of one NumPy archive, `in.<input>` and `out.<output>`."""
+
+    file: RelativeFile = TENSORS_FILE
+    sha256: Sha256
+    tolerance: float = Field(gt=0, description="Largest allowed absolute difference of a number.")
+
+
+class TensorManifest(_Record):
+    """`model.json` of a model that takes tensors, not images: any ONNX graph. The graph itself says its shapes."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["tensors"]
+    name: Name
+    version: Version
+    description: str = ""
+    model: ModelFile
+    batching: Literal["auto", "never"] = Field(
+        default="auto", description="never: requests always run alone; auto: they share runs where that is proved."
+    )
+    labels: tuple[str, ...] = Field(
+        default=(), description="Names of the classes along the last dimension of an output, if it has any."
+    )
+    golden: TensorGolden | None = None
+    evaluation: dict[str, JsonValue] = Field(default_factory=dict, description="Figures, and on what measured.")
+    provenance: Provenance | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """A bundle directory whose manifest has been read; its files are checked by `verify_files`."""
@@ -173,7 +203,20 @@ class Bundle:
 
 
 def read_bundle(directory: Path) -> Bundle:
-    """Read a bundle's manifest, without touching its other files.
+    """Read the manifest of an image classifier's bundle, without touching its other files.
+
+    Raises:
+        BundleError: the manifest is missing, not JSON, breaks a rule, or is of a model of tensors; the sentence names
+            file and field.
+    """
+    manifest = read_manifest(directory)
+    if isinstance(manifest, TensorManifest):
+        raise BundleError(f"{directory / MANIFEST_FILE} is of a model of tensors, not of an image classifier.")
+    return Bundle(directory, manifest)
+
+
+def read_manifest(directory: Path) -> Manifest | TensorManifest:
+    """Read what a version's directory says of itself.
 
     Raises:
         BundleError: the manifest is missing, not JSON, or breaks a rule; the sentence names file and field.
@@ -185,11 +228,19 @@ def read_bundle(directory: Path) -> Bundle:
         raise BundleError(f"{path} is missing, so {directory} is not a bundle.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} cannot be read: {error}.") from error
+    kind: type[Manifest] | type[TensorManifest] = TensorManifest if _says_tensors(text) else Manifest
     try:
-        manifest = Manifest.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         raise BundleError(f"{path}: {_first_problem(error)}.") from error
-    return Bundle(directory, manifest)
+
+
+def _says_tensors(text: str) -> bool:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("kind") == "tensors"
 
 
 def verify_files(bundle: Bundle) -> None:
@@ -202,8 +253,29 @@ def verify_files(bundle: Bundle) -> None:
     expected = {manifest.model.file: manifest.model.sha256}
     expected |= {image.file: image.sha256 for image in manifest.golden.images}
     expected[manifest.golden.probabilities] = manifest.golden.probabilities_sha256
+    _verify(bundle.directory, expected)
+    unknown = {image.label for image in manifest.golden.images} - set(manifest.labels)
+    if unknown:
+        raise BundleError(
+            f"{bundle.directory / MANIFEST_FILE}: the golden label '{min(unknown)}' is not among the labels."
+        )
+
+
+def verify_tensor_files(directory: Path, manifest: TensorManifest) -> None:
+    """Check that the files of a model of tensors are there, whole and unaltered.
+
+    Raises:
+        BundleError: a file is missing or its SHA-256 differs; the sentence names it.
+    """
+    expected = {manifest.model.file: manifest.model.sha256}
+    if manifest.golden is not None:
+        expected[manifest.golden.file] = manifest.golden.sha256
+    _verify(directory, expected)
+
+
+def _verify(directory: Path, expected: Mapping[str, str]) -> None:
     for file, digest in expected.items():
-        path = bundle.directory / file
+        path = directory / file
         if not path.is_file():
             raise BundleError(f"{path} is missing.")
         found = sha256_of(path)
@@ -212,11 +284,38 @@ def verify_files(bundle: Bundle) -> None:
                 f"{path} is not the file that was exported: its SHA-256 starts {found[:12]}, "
                 f"the manifest says {digest[:12]}."
             )
-    unknown = {image.label for image in manifest.golden.images} - set(manifest.labels)
-    if unknown:
-        raise BundleError(
-            f"{bundle.directory / MANIFEST_FILE}: the golden label '{min(unknown)}' is not among the labels."
-        )
+
+
+def write_tensor_manifest(
+    directory: Path, fields: Mapping[str, Any], golden: Mapping[str, Array] | None = None
+) -> None:
+    """Write the manifest, and the golden tensors, beside a graph that lies in `directory` as `model.onnx`.
+
+    Args:
+        directory: `<name>/<version>/`.
+        fields: the manifest's, except `kind`, `model` and `golden`, plus `opset` and, with a golden set, `tolerance`.
+        golden: `in.<input>` and `out.<output>` → array: what goes in, and what must come out.
+
+    Raises:
+        BundleError: the fields do not make a valid manifest.
+    """
+    record = {**fields, "kind": "tensors"}
+    record["model"] = {
+        "sha256": sha256_of(directory / MODEL_FILE),
+        "size_bytes": (directory / MODEL_FILE).stat().st_size,
+        "opset": record.pop("opset"),
+    }
+    if golden is not None:
+        (directory / GOLDEN_DIRECTORY).mkdir(exist_ok=True)
+        arrays: dict[str, Any] = dict(golden)
+        np.savez(directory / TENSORS_FILE, **arrays)
+        record["golden"] = {"sha256": sha256_of(directory / TENSORS_FILE), "tolerance": record.pop("tolerance")}
+    try:
+        manifest = TensorManifest.model_validate(record)
+    except ValidationError as error:
+        raise BundleError(f"The model has no valid manifest: {_first_problem(error)}.") from error
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def write_bundle(

@@ -5,8 +5,9 @@ addition in memory, and whoever has the pages shows the sum over all processes. 
 whose children are resolved once per model.
 """
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isnan
 from typing import Generic, TypeVar
 
@@ -27,6 +28,8 @@ LATENCY_BUCKETS_S = (
 )
 # fmt: on
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCH_SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Rows of a run that are counted apart; a number between two of them counts as the larger."""
 STAGES = ("decode", "queue", "infer", "post")
 
 
@@ -67,17 +70,34 @@ class Distribution:
         slots[self._sum] += value
 
 
-Child = TypeVar("Child", Number, Distribution)
+class Steps:
+    """A counter for each size of `BATCH_SIZES`, in adjacent slots."""
+
+    __slots__ = ("_first", "_slots")
+
+    def __init__(self, page: Page, first: int) -> None:
+        self._slots, self._first = page.slots, first
+
+    def inc(self, size: int, amount: float = 1.0) -> None:
+        """Add to the counter of a size; what is above them all counts as the largest."""
+        self._slots[self._first + min(bisect_left(BATCH_SIZES, size), len(BATCH_SIZES) - 1)] += amount
+
+
+Child = TypeVar("Child", Number, Distribution, Steps)
 
 
 class Family(Generic[Child]):
-    """All series of one name: a child for each set of label values."""
+    """All series of one name: a child for each set of label values.
+
+    The last `hidden` labels are not shown: Prometheus sees the sums over them, statistics of one version see them.
+    """
 
     kind = ""
     width = 1
 
-    def __init__(self, page: Page, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
+    def __init__(self, page: Page, name: str, help_text: str, labels: Sequence[str] = (), *, hidden: int = 0) -> None:
         self.name, self.help_text, self.label_names = name, help_text, tuple(labels)
+        self.shown = len(self.label_names) - hidden
         self._page = page
         self._children: dict[tuple[object, ...], Child] = {}
 
@@ -91,6 +111,10 @@ class Family(Generic[Child]):
 
     def _make(self, values: tuple[str, ...]) -> Child:
         raise NotImplementedError
+
+    def join(self, one: list[float], other: list[float]) -> list[float]:
+        """Return what two processes, or two hidden label values, make together."""
+        return [mine + yours for mine, yours in zip(one, other, strict=True)]
 
     def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
         """Return the family as Prometheus sees it, from each child's slots."""
@@ -137,15 +161,51 @@ class Gauge(Family[Number]):
         return family
 
 
+class Latest(Gauge):
+    """Moments, of which the latest counts, Unix time."""
+
+    def join(self, one: list[float], other: list[float]) -> list[float]:
+        """See `Family.join`."""
+        return max(one, other)
+
+
+class BatchCounter(Family[Steps]):
+    """Numbers that only grow, one for each batch size, which is the last label, `rows`."""
+
+    kind = "counter"
+    width = len(BATCH_SIZES)
+
+    def _make(self, values: tuple[str, ...]) -> Steps:
+        return Steps(self._page, self._page.place(self.name, values, self.width))
+
+    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
+        """See `Family.expose`; sizes that never were are left out."""
+        family = CounterMetricFamily(
+            self.name.removesuffix("_total"), self.help_text, labels=(*self.label_names, "rows")
+        )
+        for values, by_size in totals.items():
+            for size, total in zip(BATCH_SIZES, by_size, strict=True):
+                if total:
+                    family.add_metric((*values, str(size)), total)
+        return family
+
+
 class Histogram(Family[Distribution]):
     """Numbers of values by size."""
 
     kind = "histogram"
 
     def __init__(
-        self, page: Page, name: str, help_text: str, labels: Sequence[str] = (), *, buckets: Sequence[float]
+        self,
+        page: Page,
+        name: str,
+        help_text: str,
+        labels: Sequence[str] = (),
+        *,
+        buckets: Sequence[float],
+        hidden: int = 0,
     ) -> None:
-        super().__init__(page, name, help_text, labels)
+        super().__init__(page, name, help_text, labels, hidden=hidden)
         self._bounds = tuple(map(float, buckets))
         self.width = len(buckets) + 2
 
@@ -154,7 +214,7 @@ class Histogram(Family[Distribution]):
 
     def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
         """See `Family.expose`."""
-        family = HistogramMetricFamily(self.name, self.help_text, labels=self.label_names)
+        family = HistogramMetricFamily(self.name, self.help_text, labels=self.label_names[: self.shown])
         names = [floatToGoString(bound) for bound in (*self._bounds, inf)]  # type: ignore[no-untyped-call]
         for values, total in totals.items():
             count, buckets = 0.0, []
@@ -163,6 +223,9 @@ class Histogram(Family[Distribution]):
                 buckets.append((name, count))
             family.add_metric(values, buckets, sum_value=total[-1])
         return family
+
+
+AnyFamily = Family[Number] | Family[Distribution] | Family[Steps]
 
 
 class Metrics:
@@ -177,7 +240,7 @@ class Metrics:
         """
         self.page = page or private_page()
         self.pages = pages or [self.page]
-        self.families: dict[str, Family[Number] | Family[Distribution]] = {}
+        self.families: dict[str, AnyFamily] = {}
         self.requests = self._counter(
             "convoy_requests_total", "Requests answered.", "model", "version", "route", "code"
         )
@@ -187,17 +250,29 @@ class Metrics:
             "From a request's headers to the end of its answer.",
             "model",
             "route",
+            "version",
+            "code",
             buckets=LATENCY_BUCKETS_S,
+            hidden=2,
         )
         self.stage_duration = self._histogram(
             "convoy_stage_duration_seconds",
             "Time of a request in one stage: decode, queue, infer, post.",
             "model",
             "stage",
+            "version",
             buckets=LATENCY_BUCKETS_S,
+            hidden=1,
         )
         self.batch_size = self._histogram(
             "convoy_batch_size", "Images per session run.", "model", buckets=BATCH_BUCKETS
+        )
+        self.batches = self._batch_counter("convoy_batches_total", "Session runs, by rows.", "model", "version")
+        self.batch_seconds = self._batch_counter(
+            "convoy_batch_seconds_total", "Time that session runs took, by rows.", "model", "version"
+        )
+        self.last_inference = self._latest(
+            "convoy_last_inference_timestamp_seconds", "When the last session run ended.", "model", "version"
         )
         self.queue_rows = self._gauge("convoy_queue_rows", "Decoded images that wait for a session.", "model")
         self.inflight_requests = self._gauge("convoy_inflight_requests", "Requests being worked on.", "model")
@@ -242,6 +317,10 @@ class Metrics:
         """Return the Prometheus text exposition of every series, summed over all pages."""
         return generate_latest(self.registry)
 
+    def sums(self, name: str) -> dict[tuple[str, ...], list[float]]:
+        """Return the slots of every series of one family by its labels, the hidden ones too, joined over all pages."""
+        return _joined({name: self.families[name]}, self.pages)[name]
+
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         family = Counter(self.page, name, help_text, labels)
         self.families[name] = family
@@ -252,8 +331,20 @@ class Metrics:
         self.families[name] = family
         return family
 
-    def _histogram(self, name: str, help_text: str, *labels: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(self.page, name, help_text, labels, buckets=buckets)
+    def _latest(self, name: str, help_text: str, *labels: str) -> Latest:
+        family = Latest(self.page, name, help_text, labels)
+        self.families[name] = family
+        return family
+
+    def _batch_counter(self, name: str, help_text: str, *labels: str) -> BatchCounter:
+        family = BatchCounter(self.page, name, help_text, labels)
+        self.families[name] = family
+        return family
+
+    def _histogram(
+        self, name: str, help_text: str, *labels: str, buckets: Sequence[float], hidden: int = 0
+    ) -> Histogram:
+        family = Histogram(self.page, name, help_text, labels, buckets=buckets, hidden=hidden)
         self.families[name] = family
         return family
 
@@ -265,14 +356,24 @@ class ModelMetrics:
         self._metrics, self.model, self.version = metrics, model, version
         self.images = metrics.images.labels(model, version)
         self.batch_size = metrics.batch_size.labels(model)
+        self._batches = metrics.batches.labels(model, version)
+        self._batch_seconds = metrics.batch_seconds.labels(model, version)
+        self._last_inference = metrics.last_inference.labels(model, version)
         self.queue_rows = metrics.queue_rows.labels(model)
         self.inflight_requests = metrics.inflight_requests.labels(model)
-        stages = {stage: metrics.stage_duration.labels(model, stage) for stage in STAGES}
+        stages = {stage: metrics.stage_duration.labels(model, stage, version) for stage in STAGES}
         self.decode, self.queue, self.infer, self.post = (stages[stage] for stage in STAGES)
 
     def busy(self, device: str, session: int) -> Number:
         """Return the busy-time counter of one session."""
         return self._metrics.session_busy.labels(self.model, device, session)
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """Count one session run."""
+        self.batch_size.observe(rows)
+        self._batches.inc(rows)
+        self._batch_seconds.inc(rows, seconds)
+        self._last_inference.set(time.time())
 
     def dropped(self, stage: str, reason: str) -> None:
         """Count one request given up in `stage`."""
@@ -282,26 +383,34 @@ class ModelMetrics:
 class _Totals(Collector):
     """The declared families, summed over pages."""
 
-    def __init__(self, families: dict[str, Family[Number] | Family[Distribution]], pages: Sequence[Page]) -> None:
+    def __init__(self, families: dict[str, AnyFamily], pages: Sequence[Page]) -> None:
         self._families, self._pages = families, pages
 
     def collect(self) -> Iterator[Metric]:
-        totals: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in self._families}
-        for page in self._pages:
-            for name, labels, width, _, first in page.series():
-                family = self._families.get(name)
-                # A page may hold what another version of this program has left there.
-                if family is None or family.width != width or len(family.label_names) != len(labels):
-                    continue
-                values = [page.slots[at] for at in range(first, first + width)]
-                if isnan(values[0]):  # a gauge that is not shown
-                    continue
-                so_far = totals[name].get(labels)
-                totals[name][labels] = (
-                    values if so_far is None else [one + other for one, other in zip(so_far, values, strict=True)]
-                )
+        joined = _joined(self._families, self._pages)
         for name, family in self._families.items():
-            yield family.expose(totals[name])
+            totals: dict[tuple[str, ...], list[float]] = {}
+            for labels, values in joined[name].items():
+                shown = labels[: family.shown]
+                totals[shown] = family.join(totals[shown], values) if shown in totals else values
+            yield family.expose(totals)
+
+
+def _joined(families: Mapping[str, AnyFamily], pages: Sequence[Page]) -> dict[str, dict[tuple[str, ...], list[float]]]:
+    """Return the slots of every series of some families, joined over pages."""
+    joined: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in families}
+    for page in pages:
+        for name, labels, width, _, first in page.series():
+            family = families.get(name)
+            # A page may hold what another version of this program has left there.
+            if family is None or family.width != width or len(family.label_names) != len(labels):
+                continue
+            values = [page.slots[at] for at in range(first, first + width)]
+            if isnan(values[0]):  # a gauge that is not shown
+                continue
+            so_far = joined[name].get(labels)
+            joined[name][labels] = values if so_far is None else family.join(so_far, values)
+    return joined
 
 
 class _Processes(Collector):

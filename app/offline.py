@@ -9,10 +9,11 @@ from app.cpus import usable_cpus
 from app.errors import BadRequestError, ConvoyError, UnknownModelError
 from app.golden import prove
 from app.images import decode, forbid_pillow_guesses
+from app.loading import check_graph
 from app.manifest import Bundle, read_bundle, verify_files
-from app.repository import check_graph, default_of, find_models
+from app.repository import default_of, find_models
 from app.scores import Score, top_k
-from app.sessions import OnnxSession
+from app.sessions import ClassifierSession
 from app.settings import Settings
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -42,9 +43,9 @@ class Classifier:
         self.bundle = find_bundle(settings, name)
         verify_files(self.bundle)
         self._threads = settings.sessions or usable_cpus()
-        self._session = OnnxSession(self.bundle.model_path, settings.device, settings.threads_per_session)
+        self._session = ClassifierSession(self.bundle.model_path, settings.device, settings.threads_per_session)
         check_graph(self.bundle, self._session)
-        prove(self.bundle, self._session.run)
+        prove(self.bundle, self._session.classify)
         self._max_pixels = settings.max_image_pixels
 
     def classify(self, paths: Iterable[Path], k: int) -> Iterator[Answer]:
@@ -60,7 +61,7 @@ class Classifier:
             return Answer(path, (), error.message)
         except OSError as error:
             return Answer(path, (), f"The file cannot be read: {error.strerror}.")
-        return Answer(path, top_k(self._session.run(pixels[None])[0], manifest.labels, k))
+        return Answer(path, top_k(self._session.classify(pixels[None])[0], manifest.labels, k))
 
 
 def find_bundle(settings: Settings, name: str | None) -> Bundle:

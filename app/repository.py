@@ -8,19 +8,15 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import numpy as np
-
-from app.batcher import Batcher
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
-from app.golden import prove
-from app.manifest import NAME_PATTERN, VERSION_PATTERN, Bundle, Manifest, read_bundle, verify_files
-from app.metrics import Metrics, ModelMetrics
-from app.sessions import OnnxSession, Session
+from app.loading import Load, LoadedModel
+from app.manifest import NAME_PATTERN, VERSION_PATTERN
+from app.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -34,21 +30,6 @@ class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class LoadedModel:
-    """A model that has proved itself and takes work."""
-
-    bundle: Bundle
-    provider: str
-    batcher: Batcher
-    metrics: ModelMetrics
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest."""
-        return self.bundle.manifest
 
 
 @dataclass(slots=True)
@@ -65,29 +46,23 @@ class Entry:
     shown: tuple[str, ...] = ()
 
 
-Start = Callable[[Bundle, list[Session], ModelMetrics], Batcher]
-Open = Callable[[Bundle], list[Session]]
-
-
 class Repository:
     """The models under one directory: the highest version of each name."""
 
-    def __init__(self, root: Path, metrics: Metrics, *, default: str, open_sessions: Open, start: Start) -> None:
+    def __init__(self, root: Path, metrics: Metrics, *, default: str, load: Load) -> None:
         """Find the models; `load_all` loads them.
 
         Args:
             root: directory of bundles.
             metrics: where states and figures are shown.
             default: name of the default model; empty: imagenet, or the only one.
-            open_sessions: makes a bundle's sessions.
-            start: starts the batcher over sessions that have proved themselves.
+            load: opens a version.
 
         Raises:
             SettingsError: `root` does not exist or holds no model, or `default` is none of them.
         """
         self._metrics = metrics
-        self._open_sessions = open_sessions
-        self._start = start
+        self._open = load
         self.entries = {entry.name: entry for entry in find_models(root)}
         self.default = default_of(self.entries, default)
         self._stopping = threading.Event()
@@ -105,11 +80,11 @@ class Repository:
                 return
             self._load(entry)
 
-    def get(self, name: str | None = None) -> LoadedModel:
-        """Return a model that takes work; None means the default one.
+    def get(self, name: str | None = None, version: str | None = None) -> LoadedModel:
+        """Return a model that takes work; None means the default one, and the version that is served.
 
         Raises:
-            UnknownModelError: there is no model of that name.
+            UnknownModelError: there is no model of that name, or no such version.
             UnavailableError: it is loading, or it failed to load.
         """
         name = name or self.default
@@ -118,6 +93,8 @@ class Repository:
         entry = self.entries.get(name)
         if entry is None:
             raise UnknownModelError(f"There is no model '{name[:80]}' here; there are: {self._known()}.")
+        if version is not None and version != entry.version:
+            raise UnknownModelError(f"Model '{entry.name}' has no version '{version[:20]}'; served is {entry.version}.")
         if entry.model is not None:
             return entry.model
         if entry.state is State.LOADING:
@@ -149,7 +126,7 @@ class Repository:
     def _load(self, entry: Entry) -> None:
         started = time.monotonic()
         try:
-            model, difference = self._prove_and_start(entry)
+            model, difference = self._open_version(entry)
         except SettingsError:
             raise
         except ConvoyError as error:
@@ -169,27 +146,18 @@ class Repository:
                 "model": entry.name,
                 "version": entry.version,
                 "provider": model.provider,
-                "digest": model.manifest.model.sha256[:12],
+                "digest": model.digest[:12],
                 "golden_difference": difference,
                 "seconds": round(entry.load_s, 3),
             },
         )
 
-    def _prove_and_start(self, entry: Entry) -> tuple[LoadedModel, float]:
+    def _open_version(self, entry: Entry) -> tuple[LoadedModel, float | None]:
         if not entry.version:
             raise BundleError(
                 f"{entry.directory} holds no version that can be read: a bundle lies in {entry.directory / '1'}."
             )
-        bundle = read_bundle(entry.directory)
-        manifest = bundle.manifest
-        if (manifest.name, manifest.version) != (entry.name, entry.version):
-            raise BundleError(f"{entry.directory} holds the manifest of {manifest.name} version {manifest.version}.")
-        verify_files(bundle)
-        sessions = self._open_sessions(bundle)
-        difference = max(prove(bundle, session.run) for session in sessions)
-        metrics = self._metrics.for_model(entry.name, entry.version)
-        batcher = self._start(bundle, sessions, metrics)
-        return LoadedModel(bundle, sessions[0].provider, batcher, metrics), difference
+        return self._open(entry.name, entry.version, entry.directory)
 
     def _enter(self, entry: Entry, state: State, *, reason: str = "", model: LoadedModel | None = None) -> None:
         # The model first: whoever sees READY finds it there.
@@ -201,7 +169,7 @@ class Repository:
         info = self._metrics.model_info
         if entry.shown:
             info.remove(*entry.shown)
-        digest = entry.model.manifest.model.sha256 if entry.model else ""
+        digest = entry.model.digest if entry.model else ""
         provider = entry.model.provider if entry.model else ""
         entry.shown = (entry.name, entry.version, digest, provider, entry.state.value)
         info.labels(*entry.shown).set(1)
@@ -251,37 +219,3 @@ def default_of(names: Collection[str], wanted: str) -> str:
     if wanted or len(names) == 1:
         return wanted or next(iter(names))
     return FIRST_CHOICE if FIRST_CHOICE in names else ""
-
-
-def check_graph(bundle: Bundle, session: OnnxSession) -> None:
-    """Check that a graph takes what the manifest's recipe gives and returns one number per label.
-
-    Raises:
-        BundleError: a fixed dimension differs.
-    """
-    pixels, labels = bundle.manifest.pixels, bundle.manifest.labels
-    if len(session.input_shape) != 4 or session.input_shape[1:] != [pixels.height, pixels.width, 3]:
-        raise BundleError(
-            f"{bundle.model_path} takes images of shape {session.input_shape}, but the manifest's recipe makes "
-            f"[N, {pixels.height}, {pixels.width}, 3]."
-        )
-    if len(session.output_shape) != 2 or session.output_shape[1] != len(labels):
-        raise BundleError(
-            f"{bundle.directory}: the manifest lists {len(labels)} labels, but the graph gives "
-            f"{session.output_shape[-1]} classes."
-        )
-
-
-def warm_up(bundle: Bundle, session: Session, max_batch: int) -> None:
-    """Run the batches that a session should have seen, so that no request pays for a first run.
-
-    A GPU picks its kernels for each size: every power of two up to `max_batch`, and that. On CPU what counts is the
-    memory of the largest: afterwards no size's first run costs more than its second (measured), and a replaced worker
-    is back 0.2 s sooner with EfficientNet-Lite0.
-    """
-    pixels = bundle.manifest.pixels
-    sizes = {max_batch}
-    if session.provider != "cpu":
-        sizes |= {1 << power for power in range(max_batch.bit_length())}
-    for rows in sorted(sizes):
-        session.run(np.zeros((rows, pixels.height, pixels.width, 3), np.uint8))

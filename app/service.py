@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -17,7 +18,6 @@ from fastapi import FastAPI
 from app import runtime
 from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, url_of
 from app.admission import Admission, Limits
-from app.batcher import Batcher
 from app.cpus import usable_cpus
 from app.engine import LocalEngine
 from app.errors import SettingsError
@@ -25,13 +25,14 @@ from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
-from app.manifest import Bundle
-from app.metrics import Metrics, ModelMetrics
+from app.keys import Keyring
+from app.loading import LoadedModel, Loader
+from app.metrics import Metrics
 from app.pages import Page, WriterState
 from app.probes import ProbePort, Probes
-from app.repository import Repository, State, check_graph, warm_up
-from app.sessions import OnnxSession, Session
+from app.repository import Repository, State
 from app.settings import Settings
+from app.tls import certificate_of, options
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Service:
             metrics: where it counts, and its page; None: by itself.
 
         Raises:
-            SettingsError: the models directory is missing or empty.
+            SettingsError: the models directory is missing or empty, or key file or certificate are broken.
             RuntimeMissingError: there is no usable ONNX Runtime.
         """
         runtime.check_wheels(runtime.installed_wheels())
@@ -69,13 +70,19 @@ class Service:
         self.metrics = metrics or Metrics()
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show)
+        self.keyring = Keyring(settings.keys)
+        self.certificate = certificate_of(settings)
         self._shown: object = None
-        self.repository = Repository(
-            settings.models,
+        self._loader = Loader(
             self.metrics,
-            default=settings.default_model,
-            open_sessions=self._open_sessions,
-            start=self._start_batcher,
+            device=settings.device,
+            sessions=settings.sessions or self.cpus,
+            threads_per_session=settings.threads_per_session,
+            max_batch=settings.max_batch,
+            linger_s=settings.linger_ms / 1000,
+        )
+        self.repository = Repository(
+            settings.models, self.metrics, default=settings.default_model, load=self._load_version
         )
         admission = Admission(
             Limits(
@@ -98,6 +105,7 @@ class Service:
             repository=self.repository,
             metrics=self.metrics,
             probes=self.probes,
+            keyring=self.keyring,
             limits=BodyLimits(
                 max_body_bytes=min(settings.max_body_bytes, settings.max_inflight_bytes),
                 max_images=min(settings.max_images_per_request, settings.max_inflight_images),
@@ -158,24 +166,8 @@ class Service:
         else:
             log.info("ready", extra={"default_model": self.repository.default, "cpus": self.cpus})
 
-    def _open_sessions(self, bundle: Bundle) -> list[Session]:
-        sessions: list[Session] = []
-        for _ in range(self.settings.sessions or self.cpus):
-            session = OnnxSession(bundle.model_path, self.settings.device, self.settings.threads_per_session)
-            check_graph(bundle, session)
-            sessions.append(session)
-        return sessions
-
-    def _start_batcher(self, bundle: Bundle, sessions: list[Session], metrics: ModelMetrics) -> Batcher:
-        for session in sessions:
-            warm_up(bundle, session, self.settings.max_batch)
-        return Batcher(
-            sessions,
-            max_batch=self.settings.max_batch,
-            linger_s=self.settings.linger_ms / 1000,
-            loop=self._loop,
-            metrics=metrics,
-        )
+    def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
+        return self._loader.load(name, version, directory, self._loop)
 
 
 class Server(uvicorn.Server):
@@ -183,6 +175,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, probe_port: socket.socket | None = None) -> None:
         settings = service.settings
+        certificate = service.certificate
         super().__init__(
             uvicorn.Config(
                 service.app,
@@ -195,6 +188,7 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=settings.drain_timeout_s,
                 backlog=BACKLOG,
+                ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
             )
         )
         self.service = service
@@ -206,12 +200,29 @@ class Server(uvicorn.Server):
         if hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         await self._probe_port.__aenter__()
-        await super().startup(sockets)
+        await super().startup(sockets=[])
+        # uvicorn would give a TLS handshake a minute, and half a minute to the end of a connection.
+        loop, tls = asyncio.get_running_loop(), options(self.config.ssl)
+        for listener in sockets or []:
+            self.servers.append(await loop.create_server(self._new_connection, sock=listener, backlog=BACKLOG, **tls))
+
+    def _new_connection(self) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class
+        connection: asyncio.Protocol = protocol(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=asyncio.get_running_loop(),
+        )
+        return connection
 
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, whether to stop."""
         self.service.show()
         if counter % TICKS_A_SECOND == 0:
+            self.service.keyring.refresh()
+            if self.service.certificate is not None:
+                self.service.certificate.refresh()
             now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
                 cast(Connection, connection).close_if_idle(now)
@@ -286,17 +297,14 @@ class SharingServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections in turn with the other workers."""
         await super().startup(sockets=[])
-        protocol: Any = self.config.http_protocol_class
-        loop = asyncio.get_running_loop()
         self._acceptor = Acceptor(
             self._listener,
-            lambda: protocol(
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
-            ),
+            self._new_connection,
             self.service.page,
             self.service.metrics.pages,
+            self.config.ssl,
         )
-        loop.add_reader(self._lifeline, self._supervisor_is_gone)
+        asyncio.get_running_loop().add_reader(self._lifeline, self._supervisor_is_gone)
 
     async def on_tick(self, counter: int) -> bool:
         """Tell whether to stop; while loading, keep no connection: the next request may find a worker that is ready."""
@@ -340,7 +348,7 @@ def serve(settings: Settings) -> None:
     """
     service = Service(settings)
     with listen(settings.host, settings.port) as listener, listen_for_probes(settings) or nullcontext() as probes:
-        log.info("listening", extra={"url": url_of(listener)})
+        log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
         Server(service, probes).run(sockets=[listener])
     if service.fault is not None:
         raise service.fault

@@ -4,9 +4,10 @@ Owns every ONNX Runtime option. Knows nothing of batches, requests or where mode
 one thread only, the one that the batcher gives it.
 """
 
+import math
 import threading
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from app import runtime
 from app.errors import BundleError, SettingsError
 from app.manifest import INPUT_NAME, OUTPUT_NAME
+from app.tensors import VARIABLE, Array, TensorSpec, datatype_of
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -25,18 +27,50 @@ _creation = threading.Lock()
 
 
 class Session(Protocol):
-    """A loaded graph that turns pixels into probabilities."""
+    """A loaded graph."""
 
     provider: str
     """`cpu` or `cuda`: where the graph really runs."""
 
-    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Turn uint8 `[n, height, width, 3]` into float32 probabilities `[n, classes]`."""
+    def run(self, *inputs: Array) -> tuple[Array, ...]:
+        """Turn the graph's inputs, in its order, into its outputs, in its order."""
         ...
 
 
 class OnnxSession:
-    """An ONNX Runtime session over a bundle's graph."""
+    """An ONNX Runtime session over any graph of tensors.
+
+    Attributes:
+        provider: `cpu` or `cuda`.
+        inputs, outputs: what the graph takes and gives, in its order.
+    """
+
+    def __init__(self, path: Path, device: Device, threads: int) -> None:
+        """Load the graph at `path`.
+
+        Raises:
+            BundleError: the file is not a graph that ONNX Runtime can load, or takes or gives more than tensors.
+            SettingsError: `device` is cuda and the graph does not run there.
+        """
+        with _creation:
+            self._session = _create(path, device, threads)
+        self.provider = "cuda" if CUDA in self._session.get_providers() else "cpu"
+        if device == "cuda" and self.provider != "cuda":
+            raise SettingsError("device is cuda, but ONNX Runtime gave a session on the CPU: no CUDA device is usable.")
+        self.inputs = _specs(self._session.get_inputs(), path)
+        self.outputs = _specs(self._session.get_outputs(), path)
+        self.symbols = tuple(tuple(node.shape) for node in self._session.get_inputs())
+        """The inputs' dimensions as the graph names them: a number, or the name of a variable one."""
+        self._input_names = [spec.name for spec in self.inputs]
+        self._output_names = [spec.name for spec in self.outputs]
+
+    def run(self, *inputs: Array) -> tuple[Array, ...]:
+        """Turn the graph's inputs into its outputs, both in its order."""
+        return tuple(self._session.run(self._output_names, dict(zip(self._input_names, inputs, strict=True))))
+
+
+class ClassifierSession(OnnxSession):
+    """A session over a bundle's graph: uint8 `[n, height, width, 3]` to float32 probabilities `[n, classes]`."""
 
     def __init__(self, path: Path, device: Device, threads: int) -> None:
         """Load the graph at `path`.
@@ -45,18 +79,24 @@ class OnnxSession:
             BundleError: the file is not a graph that ONNX Runtime can load, or lacks the bundle's input or output.
             SettingsError: `device` is cuda and the graph does not run there.
         """
-        with _creation:
-            self._session = _create(path, device, threads)
-        self.provider = "cuda" if CUDA in self._session.get_providers() else "cpu"
-        if device == "cuda" and self.provider != "cuda":
-            raise SettingsError("device is cuda, but ONNX Runtime gave a session on the CPU: no CUDA device is usable.")
-        self.input_shape = _signature(self._session.get_inputs(), INPUT_NAME, "tensor(uint8)", path)
-        self.output_shape = _signature(self._session.get_outputs(), OUTPUT_NAME, "tensor(float)", path)
+        super().__init__(path, device, threads)
+        _expect(self.inputs, INPUT_NAME, "UINT8", path)
+        _expect(self.outputs, OUTPUT_NAME, "FP32", path)
 
-    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Turn uint8 `[n, height, width, 3]` into float32 probabilities `[n, classes]`."""
-        probabilities: NDArray[np.float32] = self._session.run([OUTPUT_NAME], {INPUT_NAME: pixels})[0]
-        return probabilities
+    def run(self, *inputs: Array) -> tuple[Array, ...]:
+        """Turn uint8 `[n, height, width, 3]` into float32 probabilities `[n, classes]`.
+
+        Raises:
+            ValueError: a probability is no number.
+        """
+        outputs = super().run(*inputs)
+        if not math.isfinite(outputs[0].sum()):
+            raise ValueError("it gave an answer that is no number")
+        return outputs
+
+    def classify(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Do what `run` does, as callers without a batcher want it."""
+        return cast(NDArray[np.float32], self.run(pixels)[0])
 
 
 def _create(path: Path, device: Device, threads: int) -> Any:
@@ -93,13 +133,22 @@ def _providers(ort: Any, device: Device) -> list[str]:
             return [CPU]
 
 
-def _signature(nodes: list[Any], name: str, kind: str, path: Path) -> list[int | str | None]:
-    """Return the shape of the graph's one input or output called `name`, or raise BundleError."""
-    found = ", ".join(f"{node.name}: {node.type}{node.shape}" for node in nodes)
-    if len(nodes) != 1 or nodes[0].name != name or nodes[0].type != kind:
-        raise BundleError(f"{path} should have one '{name}' of {kind}, but has {found}.")
-    shape: list[int | str | None] = nodes[0].shape
-    return shape
+def _specs(nodes: list[Any], path: Path) -> tuple[TensorSpec, ...]:
+    specs = []
+    for node in nodes:
+        datatype = datatype_of(node.type)
+        if datatype is None:
+            raise BundleError(f"{path}: '{node.name}' is a {node.type}, which cannot travel as a tensor.")
+        shape = tuple(size if isinstance(size, int) and size >= 0 else VARIABLE for size in node.shape)
+        specs.append(TensorSpec(node.name, datatype, shape))
+    return tuple(specs)
+
+
+def _expect(specs: tuple[TensorSpec, ...], name: str, datatype: str, path: Path) -> None:
+    """Raise BundleError unless there is exactly one tensor, with this name and datatype."""
+    if len(specs) != 1 or (specs[0].name, specs[0].datatype) != (name, datatype):
+        found = ", ".join(f"{spec.name}: {spec.datatype}{list(spec.shape)}" for spec in specs)
+        raise BundleError(f"{path} should have one '{name}' of {datatype}, but has {found}.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from app.cpus import machine
 from app.images import decode
 from app.manifest import Bundle, PixelRecipe, read_bundle
-from app.sessions import OnnxSession
+from app.sessions import ClassifierSession
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 2.0
@@ -89,7 +89,7 @@ def rate(bundle: Bundle, sessions: int, threads: int, batch: int) -> float:
     """Images per second of so many sessions of so many threads, each in a thread of its own."""
     pixels = bundle.manifest.pixels
     rows = np.random.default_rng(0).integers(0, 256, (batch, pixels.height, pixels.width, 3), np.uint8)
-    opened = [OnnxSession(bundle.model_path, "cpu", threads) for _ in range(sessions)]
+    opened = [ClassifierSession(bundle.model_path, "cpu", threads) for _ in range(sessions)]
     counts = [0] * sessions
     stop = time.monotonic() + SECONDS
 

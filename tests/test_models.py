@@ -8,9 +8,10 @@ import pytest
 
 from app.errors import BundleError
 from app.golden import prove
+from app.loading import check_graph
 from app.manifest import Bundle, read_bundle, verify_files
-from app.repository import check_graph, find_models
-from app.sessions import OnnxSession
+from app.repository import find_models
+from app.sessions import ClassifierSession
 from tests.servers import convoy
 from training.golden import wrong_recipes
 
@@ -26,17 +27,17 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 
 def test_a_shipped_bundle_is_whole_and_proves_itself(bundle):
     verify_files(bundle)
-    session = OnnxSession(bundle.model_path, "cpu", 1)
+    session = ClassifierSession(bundle.model_path, "cpu", 1)
     check_graph(bundle, session)
-    assert prove(bundle, session.run) < 1e-5
+    assert prove(bundle, session.classify) < 1e-5
 
 
 def test_every_wrong_recipe_would_be_noticed(bundle):
-    session = OnnxSession(bundle.model_path, "cpu", 1)
+    session = ClassifierSession(bundle.model_path, "cpu", 1)
     for what, wrong in wrong_recipes(bundle.manifest.pixels):
         altered = Bundle(bundle.directory, bundle.manifest.model_copy(update={"pixels": wrong}))
         with pytest.raises(BundleError, match="does not reproduce its golden answers"):
-            prove(altered, session.run)
+            prove(altered, session.classify)
             pytest.fail(f"{what} went unnoticed")
 
 

@@ -48,8 +48,8 @@ def test_the_control_sees_the_telemetry_of_a_bare_import(tmp_path, models):
 
 def test_a_session_of_ours_reports_nothing(tmp_path, models):
     script = (
-        "from pathlib import Path; from app.sessions import OnnxSession; "
-        f"OnnxSession(Path({str(models / 'colours/1/model.onnx')!r}), 'auto', 1)"
+        "from pathlib import Path; from app.sessions import ClassifierSession; "
+        f"ClassifierSession(Path({str(models / 'colours/1/model.onnx')!r}), 'auto', 1)"
     )
     assert files_written_at_home(tmp_path / "home", sys.executable, "-c", script) == []
 

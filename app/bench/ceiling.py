@@ -15,7 +15,7 @@ from typing import Protocol
 from app.cpus import usable_cpus
 from app.images import decode, forbid_pillow_guesses
 from app.manifest import Bundle
-from app.sessions import OnnxSession
+from app.sessions import ClassifierSession
 
 WARM_UP_S = 0.5
 START_TIMEOUT_S = 60.0
@@ -87,16 +87,16 @@ def _count(bundle: Bundle, images: Sequence[bytes], seconds: float) -> int:
 
     The barrier also sees to it that every worker of the pool takes exactly one such task.
     """
-    session = OnnxSession(bundle.model_path, "cpu", 1)
+    session = ClassifierSession(bundle.model_path, "cpu", 1)
     recipe = bundle.manifest.pixels
     for image in images[:8]:
-        session.run(decode(image, recipe)[None])
+        session.classify(decode(image, recipe)[None])
     _here.barrier.wait(START_TIMEOUT_S)
     begin = time.monotonic() + WARM_UP_S
     count = 0
     while True:
         for image in images:
-            session.run(decode(image, recipe)[None])
+            session.classify(decode(image, recipe)[None])
             now = time.monotonic()
             if now >= begin + seconds:
                 return count

@@ -112,7 +112,7 @@ async def read_images(head: Head, receive: Receive, ticket: Ticket, limits: Body
         AbandonedError: the client left before its body was complete.
     """
     kind, boundary = _content_type(head)
-    body = await _read(head, receive, ticket, limits.max_body_bytes)
+    body = await read_body(head, receive, ticket, limits.max_body_bytes)
     if len(body) > PARSE_IN_THREAD_BYTES and kind not in RAW_TYPES:
         return await asyncio.to_thread(_take_apart, head, kind, boundary, body, limits)
     return _take_apart(head, kind, boundary, body, limits)
@@ -126,7 +126,7 @@ def images_in(body: bytes, head: Head, ticket: Ticket, limits: BodyLimits) -> li
     """
     kind, boundary = _content_type(head)
     if len(body) > limits.max_body_bytes:
-        raise _too_large(limits.max_body_bytes)
+        raise too_large(limits.max_body_bytes)
     ticket.hold_bytes(len(body))
     return _take_apart(head, kind, boundary, body, limits)
 
@@ -163,7 +163,8 @@ def _refuse_too_many(kind: str, boundary: bytes, body: bytes, limit: int) -> Non
         raise _too_many(limit)
 
 
-def _too_large(limit: int) -> BodyTooLargeError:
+def too_large(limit: int) -> BodyTooLargeError:
+    """Return the error for a body of more than `limit` bytes."""
     return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are taken.")
 
 
@@ -191,12 +192,18 @@ def _content_type(head: Head) -> tuple[str, bytes]:
     return kind, options.get(b"boundary", b"")
 
 
-async def _read(head: Head, receive: Receive, ticket: Ticket, limit: int) -> bytes:
-    """Read the body, held against the ticket as it arrives: a client that announces and does not send holds nothing."""
+async def read_body(head: Head, receive: Receive, ticket: Ticket, limit: int) -> bytes:
+    """Read the body, held against the ticket as it arrives: a client that announces and does not send holds nothing.
+
+    Raises:
+        BodyTooLargeError: it has more than `limit` bytes.
+        QueueFullError: the service holds too many bytes already.
+        AbandonedError: the client left before its body was complete.
+    """
     if head.content_length > limit:
         if not head.waits_for_100:  # else the client has not sent it, and will not
             await _swallow(True, receive, SWALLOW_BODIES * limit)
-        raise _too_large(limit)
+        raise too_large(limit)
     ticket.expect_bytes(head.content_length)
     chunks: list[bytes] = []
     size = 0
@@ -207,7 +214,7 @@ async def _read(head: Head, receive: Receive, ticket: Ticket, limit: int) -> byt
         if size > limit:
             chunks.clear()
             await _swallow(more, receive, SWALLOW_BODIES * limit)
-            raise _too_large(limit)
+            raise too_large(limit)
         ticket.hold_bytes(len(chunk))
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)

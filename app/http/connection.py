@@ -142,7 +142,7 @@ class Connection(HttpToolsProtocol):
         """Tell whether this is a prediction that nothing stands in the way of: no request before it, no handshake."""
         url = self.url
         return (
-            url.partition(b"?")[0].endswith(b"/predict")
+            url.partition(b"?")[0].endswith((b"/predict", b"/infer"))
             and url[0] == 0x2F  # /
             and not (b"%" in url or b"#" in url or self.expect_100_continue or self.parser.should_upgrade())
             and (self.cycle is None or self.cycle.response_complete)

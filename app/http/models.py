@@ -25,7 +25,9 @@ def routes(repository: Repository) -> APIRouter:
             raise UnknownModelError(
                 f"There is no model '{model[:80]}' here; there are: {', '.join(repository.entries)}."
             )
-        manifest = entry.model.manifest.model_dump(mode="json") if entry.model else None
+        manifest = None
+        if entry.model is not None and (known := entry.model.manifest or entry.model.tensor_manifest):
+            manifest = known.model_dump(mode="json")
         return ModelDetail(**_summary(entry).model_dump(), manifest=manifest)
 
     return router
@@ -35,12 +37,13 @@ def _summary(entry: Entry) -> ModelSummary:
     summary = ModelSummary(name=entry.name, version=entry.version, state=entry.state.value, reason=entry.reason)
     if entry.model is None:
         return summary
-    manifest = entry.model.manifest
+    model = entry.model
+    known = model.manifest or model.tensor_manifest
     return summary.model_copy(
         update={
-            "description": manifest.description,
-            "classes": len(manifest.labels),
-            "provider": entry.model.provider,
-            "digest": manifest.model.sha256,
+            "description": known.description if known else "",
+            "classes": len(known.labels) if known else 0,
+            "provider": model.provider,
+            "digest": model.digest,
         }
     )

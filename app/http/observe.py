@@ -50,6 +50,8 @@ class Trace:
     images: int = 0
     status: int = CLIENT_GONE
     code: str = ""
+    key: str = ""
+    """Name of the key that it came with; the key itself is in no log."""
 
 
 def trace_of(scope: Scope) -> Trace:
@@ -97,7 +99,7 @@ class Observe:
         seconds = time.monotonic() - trace.started
         route = trace.route or getattr(scope.get("route"), "path", "unmatched")
         self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
-        self._metrics.request_duration.labels(trace.model, route).observe(seconds)
+        self._metrics.request_duration.labels(trace.model, route, trace.version, trace.status).observe(seconds)
         if trace.code and trace.status not in _FAILED_INSIDE:
             self._metrics.rejected.labels(trace.model, trace.code).inc()
         if self._access_log and route not in _QUIET:
@@ -110,6 +112,8 @@ class Observe:
             }
             if trace.model:
                 fields |= {"model": trace.model, "images": trace.images}
+            if trace.key:
+                fields["key"] = trace.key
             if trace.code:
                 fields["code"] = trace.code
             log.info("request", extra=fields)

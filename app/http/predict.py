@@ -23,7 +23,7 @@ from app.http.connection import Connection, connection_of
 from app.http.errors import send_error
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
-from app.repository import LoadedModel
+from app.loading import LoadedModel
 from app.scores import JsonWriter
 
 DEFAULT_TOP_K = 5
@@ -54,6 +54,8 @@ _BODY = {
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Malformed request"},
+    401: {"model": ErrorResponse, "description": "No key, or an unknown one"},
+    403: {"model": ErrorResponse, "description": "The key is not for this"},
     404: {"model": ErrorResponse, "description": "Unknown model"},
     413: {"model": ErrorResponse, "description": "Body, image or number of images too large"},
     415: {"model": ErrorResponse, "description": "Content type not taken"},
@@ -115,7 +117,7 @@ class _Form:
     """The answers of one model, with everything filled in that is the same in all of them."""
 
     def __init__(self, model: LoadedModel) -> None:
-        manifest = model.manifest
+        manifest = model.classifier
         self.name, self.version = manifest.name, manifest.version
         self.classes = len(manifest.labels)
         self._writer = JsonWriter(manifest.labels)

@@ -32,7 +32,7 @@ from app import cpus
 from app.bench.ceiling import measure_ceiling
 from app.images import decode
 from app.manifest import Bundle, read_bundle
-from app.sessions import OnnxSession
+from app.sessions import ClassifierSession
 from benchmarks.networks import resnet50
 from benchmarks.peers.load import Figures, LoadError, measure, require_wrk
 from benchmarks.peers.scenarios import IMAGES, ROOT, SCENARIOS, Scenario
@@ -223,8 +223,8 @@ def bundle_of(model: str) -> Bundle:
 
 def right_labels(bundle: Bundle, encoded: Sequence[bytes]) -> list[str]:
     """Ask the graph itself, without any server."""
-    session = OnnxSession(bundle.model_path, "cpu", 1)
-    rows = session.run(np.stack([decode(data, bundle.manifest.pixels) for data in encoded]))
+    session = ClassifierSession(bundle.model_path, "cpu", 1)
+    rows = session.classify(np.stack([decode(data, bundle.manifest.pixels) for data in encoded]))
     return [bundle.manifest.labels[index] for index in rows.argmax(axis=1).tolist()]
 
 

@@ -19,9 +19,8 @@ class EchoSession:
 
     provider = "cpu"
 
-    def __init__(self, fail_on: int | None = None, nan_on: int | None = None, held: bool = False) -> None:
+    def __init__(self, fail_on: int | None = None, held: bool = False) -> None:
         self.batches: list[list[int]] = []
-        self.nan_on = nan_on
         self.fail_on = fail_on
         self.gate = threading.Event()
         self.entered = threading.Event()
@@ -35,9 +34,7 @@ class EchoSession:
         self.batches.append(rows)
         if self.fail_on in rows:
             raise RuntimeError(f"row {self.fail_on} is cursed")
-        if self.nan_on in rows:
-            return np.full((len(rows), 2), np.nan, np.float32)
-        return np.array([[row, 255 - row] for row in rows], np.float32)
+        return (np.array([[row, 255 - row] for row in rows], np.float32),)
 
 
 def rows(*values: int) -> np.ndarray:
@@ -55,9 +52,9 @@ def batcher_over(*sessions, max_batch=4, linger_s=0.0) -> Batcher:
 
 
 async def answer(batcher: Batcher, *values: int, deadline: float = FOREVER) -> list[int]:
-    job = batcher.submit(rows(*values), deadline)
+    job = batcher.submit((rows(*values),), len(values), deadline)
     try:
-        return (await job.answer)[:, 0].astype(int).tolist()
+        return (await job.answer)[0][:, 0].astype(int).tolist()
     finally:
         batcher.abandon(job)
 
@@ -128,22 +125,6 @@ def test_a_failing_request_does_not_harm_its_neighbours():
     asyncio.run(scenario())
 
 
-def test_an_answer_that_is_no_number_is_an_error_of_its_own_request():
-    async def scenario():
-        session = EchoSession(nan_on=3, held=True)
-        batcher = batcher_over(session, max_batch=8)
-        await fill(session, batcher)
-        jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 3)]
-        await until(lambda: batcher._line.rows == 2)
-        session.gate.set()
-        good, cursed = await asyncio.gather(*jobs, return_exceptions=True)
-        assert good == [1]
-        assert isinstance(cursed, InferenceError) and "no number" in cursed.message
-        batcher.close()
-
-    asyncio.run(scenario())
-
-
 def test_an_abandoned_job_is_not_run_and_its_neighbours_are():
     async def scenario():
         session = EchoSession(held=True)
@@ -184,7 +165,7 @@ def test_an_expired_job_is_not_run():
         session = EchoSession(held=True)
         batcher = batcher_over(session)
         await fill(session, batcher)
-        batcher.submit(rows(1), time.monotonic() - 1)
+        batcher.submit((rows(1),), 1, time.monotonic() - 1)
         alive = asyncio.create_task(answer(batcher, 2))
         await asyncio.sleep(0)
         session.gate.set()
@@ -205,7 +186,7 @@ def test_closing_finishes_what_waits_and_refuses_what_comes():
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
         await asyncio.sleep(0.05)
         with pytest.raises(UnavailableError):
-            batcher.submit(rows(6), FOREVER)
+            batcher.submit((rows(6),), 1, FOREVER)
         session.gate.set()
         assert await waiting == [5]
         await closing
@@ -248,7 +229,7 @@ class ManualClock:
 
 
 def job_of(count: int, deadline: float = FOREVER) -> Job:
-    return Job(rows(*range(count)), deadline, answer=None)
+    return Job((rows(*range(count)),), count, deadline, answer=None)
 
 
 def test_linger_starts_at_the_oldest_job_and_ends_when_the_batch_is_full():

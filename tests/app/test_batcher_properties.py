@@ -32,7 +32,7 @@ class EchoSession:
         values = pixels[:, 0, 0, 0]
         if (values == CURSED).any():
             raise RuntimeError("cursed")
-        return values[:, None].astype(np.float32)
+        return (values[:, None].astype(np.float32),)
 
 
 @dataclass
@@ -62,9 +62,9 @@ class World:
         self.clients: list[Client] = []
         self.running: list[Batch] = []
 
-    def arrive(self, values: list[int], patience: float, urgency: int) -> None:
-        pixels = np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 1, 1, 3), np.uint8)
-        job = self.batcher.submit(pixels, self.clock.now + patience, urgency)
+    def arrive(self, values: list[int], patience: float, urgency: int, width: int = 1) -> None:
+        pixels = np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 1, width, 3), np.uint8)
+        job = self.batcher.submit((pixels,), len(values), self.clock.now + patience, urgency, kind=width)
         client = Client(job, values)
         job.answer.add_done_callback(lambda future: client.outcomes.append(_outcome(future)))
         self.clients.append(client)
@@ -88,6 +88,7 @@ class World:
         assert 1 <= batch.rows == sum(part.stop - part.start for part in batch.slices) <= MAX_BATCH
         urgencies = [part.job.urgency for part in batch.slices]
         assert urgencies == sorted(urgencies), "the urgent go first"
+        assert len({part.job.kind for part in batch.slices}) == 1, "shapes that cannot be joined were taken together"
         for part in batch.slices:
             assert part.job.deadline > self.clock.now, "work that expired was taken"
             assert not part.job.answer.cancelled(), "work that was abandoned was taken"
@@ -115,7 +116,7 @@ class World:
 def _outcome(future: asyncio.Future) -> object:
     if future.cancelled():
         return "left"
-    return future.exception() or future.result()[:, 0].astype(int).tolist()
+    return future.exception() or future.result()[0][:, 0].astype(int).tolist()
 
 
 ROWS = st.lists(st.integers(0, 250) | st.just(CURSED), min_size=1, max_size=12)
@@ -130,7 +131,8 @@ def test_each_request_gets_its_own_answer_or_its_own_error_exactly_once(data):
             match data.draw(st.sampled_from(["arrive", "arrive", "turn", "take", "take", "finish", "leave", "wait"])):
                 case "arrive":
                     patience = data.draw(st.sampled_from([0.5, 1.5, 3.0, 1000.0]))
-                    world.arrive(data.draw(ROWS), patience, data.draw(st.sampled_from([0, 3, 3, 7])))
+                    urgency, width = data.draw(st.sampled_from([0, 3, 3, 7])), data.draw(st.sampled_from([1, 1, 2]))
+                    world.arrive(data.draw(ROWS), patience, urgency, width)
                 case "turn":
                     await asyncio.sleep(0)
                 case "take":

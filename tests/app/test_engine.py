@@ -9,8 +9,8 @@ from app.admission import Admission, Limits, Ticket
 from app.batcher import Batcher
 from app.engine import LocalEngine
 from app.errors import AbandonedError, BadImageError, DeadlineError, QueueFullError
+from app.loading import LoadedModel
 from app.metrics import Metrics
-from app.repository import LoadedModel
 from tests.bundles import COLOURS, encode, make_bundle, plain_image
 
 
@@ -30,7 +30,7 @@ class HeldSession:
         self.rows_run += len(pixels)
         scores = np.zeros((len(pixels), len(COLOURS)), np.float32)
         scores[:, 0] = pixels.mean(axis=(1, 2, 3))
-        return scores
+        return (scores,)
 
 
 def limits_of(images=8, bytes=100_000, pixels=1_000_000, model_images=None, queue_target_s=0.0) -> Limits:
@@ -48,7 +48,20 @@ class Bench:
         batcher = Batcher(
             [self.session], max_batch=4, linger_s=0, loop=asyncio.get_running_loop(), metrics=model_metrics
         )
-        self.model = LoadedModel(make_bundle(tmp_path / "models"), "cpu", batcher, model_metrics)
+        self.model = LoadedModel(
+            name="colours",
+            version="1",
+            digest="",
+            provider="cpu",
+            inputs=(),
+            outputs=(),
+            max_batch=4,
+            unbatched_why="",
+            manifest=make_bundle(tmp_path / "models").manifest,
+            tensor_manifest=None,
+            batcher=batcher,
+            metrics=model_metrics,
+        )
         self.admission = Admission(limits_of(**limits), self.metrics)
         self.engine = LocalEngine(None, self.admission, decode_threads=2, max_image_pixels=1_000_000)
 

@@ -1,0 +1,290 @@
+"""`/v2/…`: the Open Inference Protocol over REST, as the clients of Triton, KServe, MLServer and OVMS speak it.
+
+Inference goes the direct way, like predictions; what is asked once a connection is FastAPI's. The rules of the protocol
+are `app/v2/`'s; this room has the paths, the headers and the statuses.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Annotated, Any
+from weakref import WeakKeyDictionary
+
+from fastapi import APIRouter, Depends, Header
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.engine import Engine
+from app.errors import BadRequestError, NotOfferedError, UnavailableError
+from app.http.bodies import BodyLimits, Head, read_body, too_large
+from app.http.connection import Connection
+from app.http.direct import Direct, answer_directly
+from app.http.observe import trace_of
+from app.http.schemas import ErrorResponse
+from app.http.v2_messages import Writer, cost_of, deflate, inflate, parse
+from app.http.v2_schemas import (
+    INFER_BODY,
+    INFER_RESPONSE,
+    IndexBody,
+    IndexEntry,
+    ModelConfig,
+    ModelMetadata,
+    ModelNames,
+    ModelReady,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+    Statistics,
+)
+from app.loading import LoadedModel
+from app.metrics import Metrics
+from app.probes import Probes
+from app.repository import Repository
+from app.v2 import metadata
+from app.v2.inference import infer
+
+MODEL = "/v2/models/{model}"
+VERSION = MODEL + "/versions/{version}"
+_WAY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_LENGTH_HEADER = b"inference-header-content-length"
+
+Asked = tuple[str, str | None]
+"""A model's name, and the version if one is asked for."""
+JsonLength = Annotated[
+    int | None,
+    Header(alias="Inference-Header-Content-Length", ge=0, description="Bytes of JSON before binary tensors."),
+]
+
+_ANY_FAULT: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorResponse, "description": "Unknown model or version"},
+    503: {"model": ErrorResponse, "description": "Model loading or failed"},
+    "default": {"model": ErrorResponse, "description": "Any other fault"},
+}
+_INFER_FAULTS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "Malformed request, or not what the model takes"},
+    413: {"model": ErrorResponse, "description": "Body, image or number of rows too large"},
+    415: {"model": ErrorResponse, "description": "Content-Encoding not taken"},
+    422: {"model": ErrorResponse, "description": "Not a decodable image; the whole request is refused"},
+    429: {"model": ErrorResponse, "description": "Full; Retry-After says when to come back"},
+    504: {"model": ErrorResponse, "description": "Deadline passed"},
+}
+
+
+class Inferrer:
+    """Answers the protocol's inference requests from an engine."""
+
+    def __init__(self, engine: Engine, limits: BodyLimits, timeout_ms: int) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._timeout_ms = timeout_ms
+        self._writers: WeakKeyDictionary[LoadedModel, Writer] = WeakKeyDictionary()
+
+    async def answer(self, scope: Scope, receive: Receive, connection: Connection) -> None:
+        """Read a request, whose path names the model, run it, and send the answer."""
+        trace = trace_of(scope)
+        _, name, version = way_of(scope["path"]) or ("", "", None)
+        model = self._engine.model(name, version)
+        writer = self._writers.get(model) or self._writers.setdefault(model, Writer(model))
+        trace.model, trace.version = model.name, model.version
+        head = Head.of(scope)
+        header_length, accepted = _more_of(scope)
+        timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
+        limit = self._limits.max_body_bytes
+        with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
+            connection.on_leave = ticket.abandon
+            if (body := connection.take_body()) is None:
+                body = await read_body(head, receive, ticket, limit)
+            elif len(body) > limit:
+                raise too_large(limit)
+            else:
+                ticket.hold_bytes(len(body))
+            if head.content_encoding != "identity":
+                body = await inflate(body, head.content_encoding, ticket, limit)
+            if cost := cost_of(body if header_length is None else memoryview(body)[:header_length]):
+                ticket.hold_bytes(cost)
+            message = parse(body, header_length, model)
+            response = await infer(self._engine, model, message.request, ticket, self._limits.max_images)
+            trace.images = response.rows
+        answer, json_length = writer.write(response, message)
+        answer, encoding = await deflate(answer, accepted)
+        stages = response.stages
+        headers = (
+            f"content-type: {'application/octet-stream' if json_length else 'application/json'}\r\n{writer.headers}"
+            f"x-request-id: {trace.request_id}\r\nserver-timing: decode;dur={stages.decode_s * 1000:.2f}, "
+            f"queue;dur={stages.queue_s * 1000:.2f}, infer;dur={stages.infer_s * 1000:.2f}\r\n"
+        )
+        if json_length:
+            headers += f"inference-header-content-length: {json_length}\r\n"
+        if encoding:
+            headers += f"content-encoding: {encoding}\r\nvary: accept-encoding\r\n"
+        model.metrics.post.observe(time.monotonic() - response.ran_at)
+        trace.status = HTTPStatus.OK
+        await connection.answer(HTTPStatus.OK, headers.encode(), answer)
+
+
+class Front:
+    """Hands inference requests straight to their endpoint, all else to the application behind it."""
+
+    def __init__(self, app: ASGIApp, inferrer: Inferrer) -> None:
+        self._app = app
+        self._inferrer = inferrer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if scope["type"] == "http" and scope["method"] == "POST" and (way := way_of(scope["path"])):
+            trace_of(scope).route = way[0]
+            await answer_directly(self._inferrer.answer, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+@lru_cache(maxsize=1024)
+def way_of(path: str) -> tuple[str, str, str | None] | None:
+    """Return route, model's name and version of an inference request's path; None: it is none."""
+    found = _WAY.fullmatch(path)
+    if found is None:
+        return None
+    name, version = found.groups()
+    return f"{MODEL if version is None else VERSION}/infer", name, version
+
+
+def routes(engine: Engine, repository: Repository, metrics: Metrics, probes: Probes, inferrer: Inferrer) -> APIRouter:
+    """Return the protocol's routes."""
+    router = APIRouter(prefix="/v2", tags=["v2"])
+    _add_server_routes(router, repository, metrics, probes)
+    for path, asked in ((MODEL, _by_name), (VERSION, _by_version)):
+        _add_model_routes(router, path.removeprefix("/v2"), asked, engine, metrics, inferrer)
+    _add_repository_routes(router, repository)
+    _add_refusals(router)
+    return router
+
+
+def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metrics, probes: Probes) -> None:
+    @router.get("", summary="Server metadata")
+    async def server() -> ServerMetadata:
+        return ServerMetadata(**metadata.server_metadata())
+
+    @router.get("/health/live", summary="Whether the server is alive")
+    async def live() -> ServerLive:
+        return ServerLive(live=True)
+
+    @router.get("/health/ready", summary="Whether the server is ready", responses={503: {"model": ServerReady}})
+    async def ready() -> ServerReady:
+        status, content = probes.ready()
+        return _readiness({"ready": status == HTTPStatus.OK}, content["reason"])  # type: ignore[return-value]
+
+    @router.get("/models", summary="Names of all models")
+    async def models() -> ModelNames:
+        return ModelNames(models=list(repository.entries))
+
+    @router.get("/models/stats", summary="Statistics of all models")
+    async def statistics() -> Statistics:
+        models = [entry.model for entry in repository.entries.values() if entry.model is not None]
+        return Statistics(**metadata.statistics(models, metrics))
+
+
+def _by_name(model: str) -> Asked:
+    return model, None
+
+
+def _by_version(model: str, version: str) -> Asked:
+    return model, version
+
+
+def _add_model_routes(
+    router: APIRouter, prefix: str, asked: Callable[..., Asked], engine: Engine, metrics: Metrics, inferrer: Inferrer
+) -> None:
+    """Add the routes of one model; `asked` takes its name, and its version, from the path."""
+    Chosen = Annotated[Asked, Depends(asked)]  # noqa: N806 - a type
+
+    @router.get(prefix, summary="Model metadata", responses=_ANY_FAULT)
+    async def described(chosen: Chosen) -> ModelMetadata:
+        model = engine.model(*chosen)
+        return ModelMetadata(**metadata.model_metadata(model, [model.version]))
+
+    @router.get(
+        f"{prefix}/ready", summary="Whether a model is ready", responses=_ANY_FAULT | {503: {"model": ModelReady}}
+    )
+    async def ready(chosen: Chosen) -> ModelReady:
+        try:
+            engine.model(*chosen)
+        except UnavailableError as fault:
+            return _readiness({"name": chosen[0], "ready": False}, fault.message)  # type: ignore[return-value]
+        return ModelReady(name=chosen[0], ready=True)
+
+    @router.get(f"{prefix}/config", summary="Model configuration", responses=_ANY_FAULT)
+    async def config(chosen: Chosen) -> ModelConfig:
+        return ModelConfig(**metadata.model_config(engine.model(*chosen)))
+
+    @router.get(f"{prefix}/stats", summary="Statistics of a model", responses=_ANY_FAULT)
+    async def statistics(chosen: Chosen) -> Statistics:
+        return Statistics(**metadata.statistics([engine.model(*chosen)], metrics))
+
+    @router.post(
+        f"{prefix}/infer",
+        summary="Infer",
+        responses={200: INFER_RESPONSE, **_ANY_FAULT, **_INFER_FAULTS},
+        openapi_extra={"requestBody": INFER_BODY},
+    )
+    async def infer(chosen: Chosen, length: JsonLength = None) -> Response:
+        return Direct(inferrer.answer)
+
+
+def _add_repository_routes(router: APIRouter, repository: Repository) -> None:
+    @router.post("/repository/index", summary="Models of the repository, with states", responses=_ANY_FAULT)
+    async def index(body: IndexBody | None = None) -> list[IndexEntry]:
+        ready_only = body is not None and body.ready
+        return [IndexEntry(**entry) for entry in metadata.repository_index(repository, ready_only=ready_only)]
+
+    @router.post("/repository/models/{model}/load", summary="Load a model", responses=_ANY_FAULT)
+    async def load(model: str) -> ErrorResponse:
+        raise NotOfferedError("Loading over the API is not offered: put the version into the repository.")
+
+    @router.post("/repository/models/{model}/unload", summary="Unload a model", responses=_ANY_FAULT)
+    async def unload(model: str) -> ErrorResponse:
+        raise NotOfferedError("Unloading over the API is not offered.")
+
+
+def _add_refusals(router: APIRouter) -> None:
+    """Answer the routes of extensions that are not offered, which clients of Triton may try."""
+    refused = {
+        "/systemsharedmemory/{rest:path}": "Shared memory",
+        "/cudasharedmemory/{rest:path}": "Shared memory",
+        "/models/{model}/trace/setting": "Tracing",
+        "/trace/setting": "Tracing",
+        "/logging": "Changing the log over the API",
+    }
+    for path, what in refused.items():
+
+        async def refuse(what: str = what) -> Response:
+            raise NotOfferedError(f"{what} is not offered.")
+
+        router.add_api_route(path, refuse, methods=["GET", "POST"], include_in_schema=False)
+
+
+def _readiness(content: dict[str, Any], reason: str) -> Response:
+    """Return 200 for what is ready; else 503, with the reason as every error has it."""
+    if content["ready"]:
+        return JSONResponse(content)
+    # A response of our own skips FastAPI's: the status depends on the content.
+    return JSONResponse(content | {"error": reason, "code": "unavailable"}, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def _more_of(scope: Scope) -> tuple[int | None, str]:
+    """Return the headers Inference-Header-Content-Length and Accept-Encoding.
+
+    Raises:
+        BadRequestError: the first is no whole number.
+    """
+    length, accepted = None, ""
+    for name, value in scope["headers"]:
+        if name == _LENGTH_HEADER:
+            if not value.isdigit() or len(value) > 18:
+                shown = value[:40].decode("latin-1")
+                raise BadRequestError(f"The header Inference-Header-Content-Length = {shown!r} is no whole number.")
+            length = int(value)
+        elif name == b"accept-encoding":
+            accepted = value.decode("latin-1")
+    return length, accepted

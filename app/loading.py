@@ -1,0 +1,271 @@
+"""Loading: from a version's directory to a model that has proved itself and takes work.
+
+A directory holds a bundle (an image classifier, whose golden answers must come out) or any ONNX graph, which is served
+as tensors. Knows nothing of which versions there are, nor of requests.
+"""
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from app.batchable import fitting_length, sample, why_rows_run_alone
+from app.batcher import Batcher
+from app.errors import BadRequestError, BundleError
+from app.golden import prove, prove_tensors
+from app.manifest import (
+    GOLDEN_DIRECTORY,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    Bundle,
+    Manifest,
+    TensorManifest,
+    read_manifest,
+    sha256_of,
+    verify_files,
+    verify_tensor_files,
+)
+from app.metrics import Metrics, ModelMetrics
+from app.sessions import ClassifierSession, Device, OnnxSession, Session
+from app.tensors import VARIABLE, Array, TensorSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class LoadedModel:
+    """A model that has proved itself and takes work.
+
+    Attributes:
+        name, version: what it is asked for by.
+        digest: SHA-256 of its ONNX file.
+        provider: where it runs, `cpu` or `cuda`.
+        inputs, outputs: its tensors, in the graph's order.
+        max_batch: rows of a run; 0: each request runs alone, in whatever shapes the graph takes.
+        unbatched_why: where rows of different requests never share a run, why not; else empty.
+        manifest: of an image classifier; None: it takes tensors only.
+        tensor_manifest: what is known of a model of tensors, if anything is.
+        batcher: runs it.
+        metrics: its series.
+    """
+
+    name: str
+    version: str
+    digest: str
+    provider: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch: int
+    unbatched_why: str
+    manifest: Manifest | None
+    tensor_manifest: TensorManifest | None
+    batcher: Batcher
+    metrics: ModelMetrics
+
+    @property
+    def classifier(self) -> Manifest:
+        """The manifest of an image classifier.
+
+        Raises:
+            BadRequestError: it takes tensors, not images.
+        """
+        if self.manifest is None:
+            raise BadRequestError(
+                f"Model '{self.name}' takes tensors, not images: ask /v2/models/{self.name}/infer.", code="not_images"
+            )
+        return self.manifest
+
+    def kind_of(self, inputs: Sequence[Array]) -> Hashable:
+        """Return what tells with whose rows these may share a run."""
+        if not self.max_batch:
+            return object()
+        if all(VARIABLE not in spec.shape[1:] for spec in self.inputs):
+            return None
+        return tuple(array.shape[1:] for array in inputs)
+
+
+class Loader:
+    """Opens versions with one set of options."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        device: Device,
+        sessions: int,
+        threads_per_session: int,
+        max_batch: int,
+        linger_s: float,
+    ) -> None:
+        self._metrics = metrics
+        self._device: Device = device
+        self._sessions = sessions
+        self._threads = threads_per_session
+        self._max_batch = max_batch
+        self._linger_s = linger_s
+
+    def load(
+        self, name: str, version: str, directory: Path, loop: asyncio.AbstractEventLoop
+    ) -> tuple[LoadedModel, float | None]:
+        """Open a version, have it prove itself, warm it up, and start its batcher; blocks.
+
+        Args:
+            name: what its manifest must say that it is, if it has one.
+            version: the same.
+            directory: where its files are.
+            loop: the event loop that will submit to it.
+
+        Returns:
+            The model, and the largest difference from its golden answers; None: it has none.
+
+        Raises:
+            BundleError: it is incomplete, altered, or does not reproduce its golden answers.
+            SettingsError: a setting makes every model impossible (a device that is not there).
+        """
+        manifest = _manifest_in(directory)
+        if manifest is not None and (manifest.name, manifest.version) != (name, version):
+            raise BundleError(f"{directory} holds the manifest of {manifest.name} version {manifest.version}.")
+        if isinstance(manifest, Manifest):
+            return self._load_classifier(Bundle(directory, manifest), loop)
+        return self._load_tensors(name, version, directory, manifest, loop)
+
+    def _load_classifier(self, bundle: Bundle, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, float]:
+        manifest = bundle.manifest
+        verify_files(bundle)
+        sessions = [self._classifier_session(bundle) for _ in range(self._sessions)]
+        difference = max(prove(bundle, session.classify) for session in sessions)
+        for session in sessions:
+            warm_up(bundle, session, self._max_batch)
+        metrics = self._metrics.for_model(manifest.name, manifest.version)
+        model = LoadedModel(
+            manifest.name,
+            manifest.version,
+            manifest.model.sha256,
+            sessions[0].provider,
+            sessions[0].inputs,
+            sessions[0].outputs,
+            self._max_batch,
+            "",
+            manifest,
+            None,
+            self._start(sessions, self._max_batch, loop, metrics),
+            metrics,
+        )
+        return model, difference
+
+    def _load_tensors(
+        self,
+        name: str,
+        version: str,
+        directory: Path,
+        manifest: TensorManifest | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> tuple[LoadedModel, float | None]:
+        path = directory / (manifest.model.file if manifest else MODEL_FILE)
+        if manifest is not None:
+            verify_tensor_files(directory, manifest)
+        sessions = [OnnxSession(path, self._device, self._threads) for _ in range(self._sessions)]
+        difference = None
+        if manifest is not None and manifest.golden is not None:
+            difference = max(prove_tensors(directory, manifest, session) for session in sessions)
+        max_batch, why = self._how_it_batches(sessions[0], manifest)
+        for session in sessions:
+            _warm_up_tensors(session, max_batch)
+        metrics = self._metrics.for_model(name, version)
+        row_by_row = bool(max_batch) and all(spec.shape[0] == 1 for spec in sessions[0].inputs)
+        model = LoadedModel(
+            name,
+            version,
+            manifest.model.sha256 if manifest else sha256_of(path),
+            sessions[0].provider,
+            tuple(map(_with_variable_rows, sessions[0].inputs)) if row_by_row else sessions[0].inputs,
+            tuple(map(_with_variable_rows, sessions[0].outputs)) if row_by_row else sessions[0].outputs,
+            max_batch,
+            why,
+            None,
+            manifest,
+            self._start(sessions, max(1, max_batch), loop, metrics),
+            metrics,
+        )
+        return model, difference
+
+    def _how_it_batches(self, session: OnnxSession, manifest: TensorManifest | None) -> tuple[int, str]:
+        """Return the rows of a run (0: each request runs alone), and why rows of different requests never share one."""
+        if manifest is not None and manifest.batching == "never":
+            return 0, "Its manifest says that requests run alone."
+        why = why_rows_run_alone(session)
+        if why:
+            return 0, why
+        if all(spec.shape[0] == 1 for spec in session.inputs):
+            return 1, "The first dimension is fixed at 1: rows run one by one."
+        return self._max_batch, ""
+
+    def _classifier_session(self, bundle: Bundle) -> ClassifierSession:
+        session = ClassifierSession(bundle.model_path, self._device, self._threads)
+        check_graph(bundle, session)
+        return session
+
+    def _start(
+        self, sessions: Sequence[Session], max_batch: int, loop: asyncio.AbstractEventLoop, metrics: ModelMetrics
+    ) -> Batcher:
+        return Batcher(sessions, max_batch=max_batch, linger_s=self._linger_s, loop=loop, metrics=metrics)
+
+
+def _manifest_in(directory: Path) -> Manifest | TensorManifest | None:
+    """Return what a version's directory says of itself; None: there is a graph that nothing is said of.
+
+    A golden set without a manifest is a bundle that has lost it, not a plain graph.
+    """
+    alone = not (directory / MANIFEST_FILE).exists() and not (directory / GOLDEN_DIRECTORY).exists()
+    if alone and (directory / MODEL_FILE).exists():
+        return None
+    return read_manifest(directory)
+
+
+def _with_variable_rows(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(spec.name, spec.datatype, (VARIABLE, *spec.shape[1:]))
+
+
+def check_graph(bundle: Bundle, session: OnnxSession) -> None:
+    """Check that a graph takes what the manifest's recipe gives and returns one number per label.
+
+    Raises:
+        BundleError: a dimension differs.
+    """
+    pixels, labels = bundle.manifest.pixels, bundle.manifest.labels
+    taken, given = session.inputs[0].shape, session.outputs[0].shape
+    if taken != (VARIABLE, pixels.height, pixels.width, 3):
+        raise BundleError(
+            f"{bundle.model_path} takes images of shape {list(taken)}, but the manifest's recipe makes "
+            f"[N, {pixels.height}, {pixels.width}, 3]."
+        )
+    if len(given) != 2 or given[1] != len(labels):
+        raise BundleError(
+            f"{bundle.directory}: the manifest lists {len(labels)} labels, but the graph gives {given[-1]} classes."
+        )
+
+
+def warm_up(bundle: Bundle, session: Session, max_batch: int) -> None:
+    """Run the batches that a session should have seen, so that no request pays for a first run.
+
+    A GPU picks its kernels for each size: every power of two up to `max_batch`, and that. On CPU what counts is the
+    memory of the largest: afterwards no size's first run costs more than its second (measured), and a replaced worker
+    is back 0.2 s sooner with EfficientNet-Lite0.
+    """
+    pixels = bundle.manifest.pixels
+    sizes = {max_batch}
+    if session.provider != "cpu":
+        sizes |= {1 << power for power in range(max_batch.bit_length())}
+    for rows in sorted(sizes):
+        session.run(np.zeros((rows, pixels.height, pixels.width, 3), np.uint8))
+
+
+def _warm_up_tensors(session: OnnxSession, max_batch: int) -> None:
+    """Run one row, and the largest batch; a graph that takes no length that can be guessed stays cold."""
+    length = fitting_length(session)
+    if length is not None:
+        session.run(*sample(session.inputs, max(1, max_batch), length))
+
+
+Load = Callable[[str, str, Path], tuple[LoadedModel, float | None]]
+"""`Loader.load` with its event loop."""

@@ -1,0 +1,325 @@
+"""One inference of the protocol, whatever it came by: checked against its model, run, and put into the answer's form.
+
+A front turns its message into an `InferRequest`, awaits `infer` inside the ticket's block, and turns the
+`InferResponse` into its own form. Every rule of the protocol that is not a matter of one wire is here, once.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from app.admission import Ticket
+from app.batcher import DEFAULT_URGENCY, LAST_URGENCY
+from app.engine import Engine, Stages
+from app.errors import BadRequestError, TooLargeError
+from app.loading import LoadedModel
+from app.tensors import DATATYPES, Array, TensorSpec
+from app.v2.tensors import Data, Tensor, to_array, to_objects
+
+LEVELS = LAST_URGENCY + 1
+"""Levels of `priority`, 1 the highest."""
+MAX_CLASSIFICATION = 2**31 - 1
+MAX_SIZE = 2**63 - 1
+MAX_MICROSECONDS = 10**12
+SLOW_ELEMENTS, SLOW_BYTES = 20_000, 1_000_000
+"""More values, or bytes of strings, are turned into arrays off the event loop: 20,000 take 2 ms."""
+_SHARED_MEMORY = "shared_memory_region"
+
+
+@dataclass(slots=True)
+class InputTensor:
+    """An input as it came: `data` is a buffer in the binary form, or a sequence of values."""
+
+    name: str
+    datatype: str
+    shape: Sequence[int]
+    data: Data
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class WantedOutput:
+    """An output that is asked for; `parameters` may hold `classification`."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """One request; without outputs it asks for all."""
+
+    inputs: Sequence[InputTensor]
+    outputs: Sequence[WantedOutput] = ()
+    id: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class InferResponse:
+    """The answer.
+
+    Attributes:
+        model: that gave it.
+        id: the request's.
+        outputs: in the order in which they were asked for, else the model's.
+        rows: how many rows were run.
+        stages: where the time went.
+        ran_at: `time.monotonic()` at which the model had answered; the front observes the stage `post` from then on.
+    """
+
+    model: LoadedModel
+    id: str
+    outputs: list[Tensor]
+    rows: int
+    stages: Stages
+    ran_at: float
+
+
+async def infer(
+    engine: Engine, model: LoadedModel, request: InferRequest, ticket: Ticket, max_rows: int
+) -> InferResponse:
+    """Answer one request.
+
+    Args:
+        engine: runs the model.
+        model: from `engine.model()`.
+        request: as the client sent it; nothing in it is trusted.
+        ticket: from `engine.admit()`, whose block this runs in; the request's parameters may shorten its deadline and
+            change its urgency.
+        max_rows: more rows in one request are refused.
+
+    Raises:
+        BadRequestError: something in the request is malformed, or not what the model takes or gives.
+        TooLargeError: too many rows, or an image that is too large.
+        BadImageError, QueueFullError, InferenceError: as `Engine.classify` and `Engine.infer`.
+    """
+    _apply(request.parameters, ticket)
+    wanted = _wanted(model, request.outputs)
+    by_name = _by_name(model, request.inputs)
+    if (images := _images(model, by_name, max_rows)) is not None:
+        prediction = await engine.classify(model, images, ticket)
+        arrays: tuple[Array, ...] = (prediction.probabilities,)
+        rows, stages = len(images), prediction.stages
+    else:
+        started = time.monotonic()
+        inputs = await _prepared(model, by_name, max_rows)
+        decode_s = time.monotonic() - started
+        model.metrics.decode.observe(decode_s)
+        inference = await engine.infer(model, inputs, ticket)
+        arrays, stages = inference.outputs, inference.stages
+        stages.decode_s = decode_s
+        rows = len(inputs[0]) if model.max_batch else 1
+    ran_at = time.monotonic()
+    outputs = [_output(model, spec, arrays[place], classes) for place, spec, classes in wanted]
+    return InferResponse(model, request.id, outputs, rows, stages, ran_at)
+
+
+def urgency_of(priority: int) -> int:
+    """Return the urgency, 0 (first) to 7 (last), of the protocol's priority: 1 is the highest, 0 the default."""
+    return min(priority - 1, LAST_URGENCY) if priority else DEFAULT_URGENCY
+
+
+def takes_images(model: LoadedModel) -> str:
+    """Return the name of the input that takes encoded images as BYTES; empty: the model takes only tensors."""
+    return model.inputs[0].name if model.manifest is not None else ""
+
+
+def _apply(parameters: Mapping[str, Any], ticket: Ticket) -> None:
+    """Apply a request's own parameters; those that nobody knows are passed over, as Triton does."""
+    for name, value in parameters.items():
+        if not isinstance(value, bool | int | float | str):
+            raise BadRequestError(f"The parameter '{name[:80]}' must be a string, a number or a bool.")
+        if name.startswith("triton_"):
+            raise BadRequestError(
+                f"The parameter '{name[:80]}' is refused: names that start with triton_ are reserved."
+            )
+    if timeout := _whole(parameters, "timeout", MAX_MICROSECONDS):
+        ticket.shorten(time.monotonic() + timeout / 1e6)
+    if priority := _whole(parameters, "priority", 2**32 - 1):
+        ticket.urgency = urgency_of(priority)
+
+
+def _whole(parameters: Mapping[str, Any], name: str, limit: int) -> int:
+    """Return a whole number from 0 to `limit` among parameters; 0 where it is not there."""
+    value = parameters.get(name, 0)
+    if type(value) is not int or not 0 <= value <= limit:
+        raise BadRequestError(f"The parameter '{name}' must be a whole number from 0 to {limit}.")
+    return value
+
+
+def _wanted(model: LoadedModel, outputs: Sequence[WantedOutput]) -> list[tuple[int, TensorSpec, int]]:
+    """Return place, spec and wanted classes (0: the tensor itself) of each output to answer with."""
+    if not outputs:
+        return [(place, spec, 0) for place, spec in enumerate(model.outputs)]
+    places = {spec.name: place for place, spec in enumerate(model.outputs)}
+    wanted = []
+    for output in outputs:
+        place = places.pop(output.name, None)
+        if place is None:
+            raise _unknown("output", output.name, model.outputs, model)
+        _refuse_shared_memory("Output", output.name, output.parameters)
+        spec = model.outputs[place]
+        classes = _whole(output.parameters, "classification", MAX_CLASSIFICATION)
+        if classes and spec.datatype == "BYTES":
+            raise BadRequestError(f"Output '{spec.name}' is BYTES, of which there is no classification.")
+        wanted.append((place, spec, classes))
+    return wanted
+
+
+def _by_name(model: LoadedModel, inputs: Sequence[InputTensor]) -> dict[str, InputTensor]:
+    """Return the inputs by name: exactly the model's, each once."""
+    if len(inputs) > len(model.inputs):
+        found = {tensor.name for tensor in inputs}
+        twice = " one of them twice," if len(found) < len(inputs) else ""
+        raise BadRequestError(
+            f"The request has {len(inputs):,} inputs,{twice} but model '{model.name}' takes {_names(model.inputs)}."
+        )
+    by_name = {tensor.name: tensor for tensor in inputs}
+    known = {spec.name for spec in model.inputs}
+    for name, tensor in by_name.items():
+        if name not in known:
+            raise _unknown("input", name, model.inputs, model)
+        _refuse_shared_memory("Input", name, tensor.parameters)
+    if missing := [spec.name for spec in model.inputs if spec.name not in by_name]:
+        raise BadRequestError(
+            f"Input '{missing[0]}' is missing: model '{model.name}' takes {_names(model.inputs)}, each once."
+        )
+    return by_name
+
+
+def _images(model: LoadedModel, by_name: Mapping[str, InputTensor], max_rows: int) -> list[bytes] | None:
+    """Return the encoded images of a request that brings such; None: it brings tensors."""
+    name = takes_images(model)
+    if not name or by_name[name].datatype != "BYTES":
+        return None
+    tensor = by_name[name]
+    shape = _checked_shape(tensor)
+    if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+        raise BadRequestError(f"Encoded images for '{name}' come as BYTES of shape [N] or [N,1], not {list(shape)}.")
+    _refuse_many_rows(shape[0], max_rows)
+    images: list[bytes] = to_array(name, "BYTES", shape, tensor.data).ravel().tolist()
+    return images
+
+
+async def _prepared(model: LoadedModel, by_name: Mapping[str, InputTensor], max_rows: int) -> list[Array]:
+    """Return what `_arrays` does; what takes long is done beside the event loop."""
+    if any(_is_slow(tensor) for tensor in by_name.values()):
+        return await asyncio.to_thread(_arrays, model, by_name, max_rows)
+    return _arrays(model, by_name, max_rows)
+
+
+def _is_slow(tensor: InputTensor) -> bool:
+    """Tell whether a tensor's elements are many, and objects: a buffer of numbers is never looked through."""
+    if isinstance(tensor.data, bytes | bytearray | memoryview):
+        return tensor.datatype == "BYTES" and len(tensor.data) > SLOW_BYTES
+    first = tensor.data[0] if tensor.data else None
+    return len(tensor.data) > SLOW_ELEMENTS or isinstance(first, list)
+
+
+def _arrays(model: LoadedModel, by_name: Mapping[str, InputTensor], max_rows: int) -> list[Array]:
+    """Return an array per input of the model, in its order."""
+    shapes = []
+    for spec in model.inputs:
+        tensor = by_name[spec.name]
+        if tensor.datatype != spec.datatype:
+            known = "" if tensor.datatype in DATATYPES else ", which is no datatype"
+            images = ", or encoded images as BYTES of shape [N]" if spec.name == takes_images(model) else ""
+            raise BadRequestError(
+                f"Input '{spec.name}' is {tensor.datatype[:80]}{known}; model '{model.name}' takes "
+                f"{spec.datatype}{images}."
+            )
+        shape = _checked_shape(tensor)
+        if not spec.takes(shape):
+            raise BadRequestError(
+                f"Input '{spec.name}' has shape {_shown(shape)}; model '{model.name}' takes {list(spec.shape)}, "
+                "where -1 is any size."
+            )
+        shapes.append(shape)
+    if model.max_batch:
+        rows = {shape[0] for shape in shapes}
+        if len(rows) > 1:
+            raise BadRequestError(f"The inputs have different numbers of rows, their first dimension: {sorted(rows)}.")
+        _refuse_many_rows(rows.pop(), max_rows)
+    return [
+        _strings(spec.name, array) if spec.datatype == "BYTES" else array
+        for spec, shape in zip(model.inputs, shapes, strict=True)
+        for array in [to_array(spec.name, spec.datatype, shape, by_name[spec.name].data)]
+    ]
+
+
+def _checked_shape(tensor: InputTensor) -> tuple[int, ...]:
+    """Return a tensor's shape: int64 numbers of at least 1, whose product may be anything."""
+    shape = tuple(tensor.shape)
+    if any(type(size) is not int or not 1 <= size <= MAX_SIZE for size in shape):
+        raise BadRequestError(
+            f"Input '{tensor.name}' has shape {_shown(shape)}: every dimension is a whole number from 1 to 2⁶³-1."
+        )
+    return shape
+
+
+def _strings(name: str, array: Array) -> Array:
+    """Return an array of `bytes` as one of `str`, as graphs take it."""
+    try:
+        return to_objects([element.decode() for element in array.ravel().tolist()]).reshape(array.shape)
+    except UnicodeDecodeError:
+        raise BadRequestError(f"Input '{name}' has an element that is no UTF-8 text.") from None
+
+
+def _output(model: LoadedModel, spec: TensorSpec, array: Array, classes: int) -> Tensor:
+    if not classes:
+        return Tensor(spec.name, spec.datatype, array)
+    manifest = model.manifest or model.tensor_manifest
+    labels = manifest.labels if manifest is not None else ()
+    rows = array.reshape(len(array), -1) if model.max_batch else array.reshape(1, -1)
+    best = to_objects([entry for row in rows for entry in classify(row, labels, classes)])
+    shape = (len(rows), -1) if model.max_batch else (-1,)
+    return Tensor(spec.name, "BYTES", best.reshape(shape))
+
+
+def classify(values: Array, labels: Sequence[str], k: int) -> list[bytes]:
+    """Return the `k` largest of `[classes]`, best first and equal ones in class order, each as `score:index:label`.
+
+    A `k` beyond the number of classes gives all of them, as Triton does; without labels it is `score:index`.
+    """
+    order = np.argsort(-values.astype(np.float64), kind="stable")[:k]
+    write = "{:f}" if values.dtype.kind == "f" else "{:d}"
+    named = labels if len(labels) == len(values) else ()
+    return [
+        f"{write.format(score)}:{index}{f':{named[index]}' if named else ''}".encode()
+        for index, score in zip(order.tolist(), values[order].tolist(), strict=True)
+    ]
+
+
+def _refuse_many_rows(rows: int, limit: int) -> None:
+    if rows > limit:
+        raise TooLargeError(
+            f"The request has {_shown((rows,))[1:-1]} rows, more than {limit}: send them in several requests.",
+            code="too_many_images",
+        )
+
+
+def _refuse_shared_memory(kind: str, name: str, parameters: Mapping[str, Any]) -> None:
+    if _SHARED_MEMORY in parameters:
+        raise BadRequestError(f"{kind} '{name}' is in shared memory, which is not offered: send it in the request.")
+
+
+def _unknown(kind: str, name: str, specs: Sequence[TensorSpec], model: LoadedModel) -> BadRequestError:
+    twice = any(spec.name == name for spec in specs)
+    fault = f"asks for {kind} '{name}' twice" if twice else f"names the {kind} '{name[:80]}'"
+    verb = "takes" if kind == "input" else "gives"
+    return BadRequestError(f"The request {fault}; model '{model.name}' {verb} {_names(specs)}.")
+
+
+def _names(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"'{spec.name}'" for spec in specs)
+
+
+def _shown(shape: Sequence[object]) -> str:
+    """Return a shape for a sentence, however long it and whatever is in it."""
+    sizes = [str(size) if type(size) is int and abs(size) <= MAX_SIZE else "…" for size in shape[:8]]
+    return "[" + ",".join(sizes) + (",…]" if len(shape) > 8 else "]")
