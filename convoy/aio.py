@@ -179,7 +179,7 @@ class AsyncClient:
     async def _send(self, step: Send) -> Reply | Lost:
         try:
             async with asyncio.timeout(step.timeout_s):
-                response = await self._http.request(**prepared(self._core.url, step))
+                response = await self._http.request(**prepared(self._core.url, step, self._core.clock))
             return Reply(response.status_code, response.headers, response.content)
         except TimeoutError:
             return Lost("", late=True)

@@ -195,7 +195,7 @@ class Client:
     def _send(self, step: Send) -> Reply | Lost:
         until = self._core.clock() + step.timeout_s
         try:
-            with self._http.stream(**prepared(self._core.url, step)) as response:
+            with self._http.stream(**prepared(self._core.url, step, self._core.clock)) as response:
                 body = bytearray()
                 for piece in response.iter_bytes():
                     body += piece

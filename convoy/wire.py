@@ -1,6 +1,7 @@
 """What both shells tell httpx, and what its faults mean to the core."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,6 +12,25 @@ CONNECT_TIMEOUT_S = 5.0
 """A host that is gone says nothing: to try again is better than to wait for it until the deadline."""
 KEEP_ALIVE_S = 60.0
 """Less than the service's 75 s, so that no request meets a connection that is just being closed."""
+_LEAST_S = 0.001
+"""Zero would mean not to wait at all, not even for what is there."""
+
+
+class Countdown(dict[str, float]):
+    """The time limits of a request as httpx passes them down, each looked up when its wait begins: what is then left.
+
+    Fixed ones would add up: so long to connect, as long again to send, and again for the first byte of the answer.
+    """
+
+    def __init__(self, clock: Callable[[], float], until: float) -> None:
+        super().__init__()
+        self._clock = clock
+        self._until = until
+
+    def get(self, name: str, default: object = None) -> float:
+        """Return how long a wait of this kind (connect, read, write, pool) may take, seconds."""
+        left_s = max(_LEAST_S, self._until - self._clock())
+        return min(left_s, CONNECT_TIMEOUT_S) if name == "connect" else left_s
 
 
 def pool() -> httpx.Limits:
@@ -23,7 +43,7 @@ def trusts_environment(url: str) -> bool:
     return not is_loopback(url)
 
 
-def prepared(url: str, step: Send) -> dict[str, Any]:
+def prepared(url: str, step: Send, clock: Callable[[], float]) -> dict[str, Any]:
     """Return the arguments of httpx for a request to the service at `url`."""
     request = step.request
     return {
@@ -31,7 +51,7 @@ def prepared(url: str, step: Send) -> dict[str, Any]:
         "url": url + request.path,
         "headers": dict(request.headers),
         "content": request.body or None,
-        "timeout": httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_TIMEOUT_S)),
+        "extensions": {"timeout": Countdown(clock, clock() + step.timeout_s)},
     }
 
 

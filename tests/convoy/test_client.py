@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import convoy
+from convoy.wire import CONNECT_TIMEOUT_S, Countdown
 from tests.bundles import COLOURS, plain_image
 from tests.convoy.scripted import (
     CLOSE,
@@ -183,6 +184,31 @@ def test_a_server_that_is_slow_does_not_hold_a_call_beyond_its_deadline(make, ho
         with pytest.raises(convoy.DeadlineError, match="did not answer before the deadline"):
             client.predict(RED, deadline_s=0.3)
         assert not client.slept
+
+
+def test_what_sending_took_is_not_waited_for_once_more():
+    """The clock jumps by 59.8 s before the request is sent: of the minute 0.2 s are left to wait for the answer."""
+    now = 0.0
+
+    def jump(request: httpx.Request) -> None:
+        nonlocal now
+        now = 59.8
+
+    with scripted(SILENCE) as server, Threaded(server.url, timeout_s=100) as client:
+        client._core.clock = lambda: now
+        client._http.event_hooks = {"request": [jump]}
+        with pytest.raises(convoy.DeadlineError):
+            client.predict(RED, deadline_s=60)
+
+
+def test_the_time_to_connect_is_short_and_the_others_are_what_is_left():
+    now = 10.0
+    limits = Countdown(lambda: now, 40.0)
+    assert [limits.get(name) for name in ("connect", "read", "write", "pool")] == [CONNECT_TIMEOUT_S, 30, 30, 30]
+    now = 38.0
+    assert [limits.get(name) for name in ("connect", "read")] == [2, 2]
+    now = 50.0
+    assert limits.get("read") > 0
 
 
 def test_an_answer_that_is_not_convoys(make):
