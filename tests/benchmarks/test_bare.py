@@ -1,0 +1,68 @@
+"""Served beside bare: the figures are medians of ratios of one turn, and each is held against its own bar."""
+
+import json
+import sys
+
+import pytest
+
+from app.bench.report import Strain, report_of
+from app.bench.samples import Samples
+from benchmarks import bare
+from benchmarks.bare import CASES, Case, Turn, finding_of
+from tests.bundles import make_bundle, plain_image
+
+
+def rows_of(case, *turns):
+    return {row.figure: row for row in finding_of(case, turns).rows}
+
+
+def test_a_ratio_is_of_one_turn():
+    """The machine is twice as fast in the second turn: medians of the parts would say 1.5 and 0.75."""
+    rows = rows_of(
+        CASES["photo"],
+        Turn(bare_ms=20, one_p50_ms=22, served_per_s=90, served_p99_ms=200, ceiling_per_s=100),
+        Turn(bare_ms=10, one_p50_ms=11, served_per_s=180, served_p99_ms=100, ceiling_per_s=200),
+    )
+    assert (rows["one connection ÷ bare"].value, rows["one connection ÷ bare"].met) == (1.1, True)
+    assert (rows["served ÷ ceiling"].value, rows["served ÷ ceiling"].met) == (0.9, False)
+
+
+def test_a_case_without_a_bar_shows_its_figure():
+    rows = rows_of(CASES["resnet50"], Turn(80, 160, 96, 500, 100))
+    assert (rows["one connection ÷ bare"].value, rows["one connection ÷ bare"].met) == (2.0, None)
+    assert rows["served ÷ ceiling"].met is True
+
+
+def test_a_run_with_refusals_is_no_figure():
+    samples = Samples()
+    samples.add(0.0, 200)
+    samples.add(0.0, 429)
+    report = report_of(
+        samples,
+        begin=0,
+        end=1,
+        interrupted=False,
+        images_per_request=1,
+        held_back=0,
+        connections=1,
+        strain=Strain(0, 0),
+    )
+    with pytest.raises(SystemExit, match="Of 2 requests only 1 were accepted"):
+        bare.all_accepted(report)
+
+
+def test_a_real_turn(tmp_path, monkeypatch, capsys):
+    """The whole way, with a tiny model and tenths of seconds: service, clients, bare loops, table and file."""
+    bundle = make_bundle(tmp_path / "models")
+    monkeypatch.setattr(bare, "CASES", {"tiny": Case("colours", "one colour", 2, 1000.0, 1000.0)})
+    monkeypatch.setattr(bare, "IMAGES", {bare.IMAGE: lambda: plain_image("red")})
+    monkeypatch.setattr(bare, "bundle_of", lambda model: bundle)
+    monkeypatch.setattr(bare, "WARM_UP_S", 0.1)
+    output = tmp_path / "bare.json"
+    arguments = ["--turns", "1", "--seconds", "0.2", "--output", output, "--lock", tmp_path / "lock"]
+    monkeypatch.setattr(sys, "argv", ["bare", *map(str, arguments)])
+    assert bare.main() == 1, "nothing is served a thousand times as fast as its ceiling"
+    written = json.loads(output.read_text())["tiny"]
+    assert min(written["turns"][0].values()) > 0
+    assert [row["met"] for row in written["rows"] if row["met"] is not None] == [True, False]
+    assert "served ÷ ceiling" in capsys.readouterr().out
