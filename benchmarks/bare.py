@@ -77,6 +77,10 @@ class Turn:
         return self.served_per_s / self.ceiling_per_s
 
 
+class RefusedError(Exception):
+    """The service had to refuse requests, which this load gives it no reason for: others took the machine."""
+
+
 def main() -> int:
     """Measure what is asked for; return 1 if a bar was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bare", description=__doc__.partition("\n")[0])
@@ -94,11 +98,19 @@ def main() -> int:
         case = CASES[name]
         console.print(f"[dim]{name}: {case.title}, {options.turns} turns …")
         bundle = bundle_of(case.model)
-        turns = []
-        for _ in range(options.turns):
-            with locked(options.lock):
-                turns.append(take_turn(case, bundle, image, options.seconds))
-            console.print(f"[dim]{turns[-1]}")
+        turns: list[Turn] = []
+        refused = 0
+        while len(turns) < options.turns:
+            try:
+                with locked(options.lock):
+                    turns.append(take_turn(case, bundle, image, options.seconds))
+            except RefusedError as error:
+                console.print(f"Taking another turn: {error}.")
+                refused += 1
+                if refused > options.turns:
+                    raise SystemExit("No more turns: the machine is too busy to be measured.") from None
+            else:
+                console.print(f"[dim]{turns[-1]}")
         finding = finding_of(case, turns)
         document[name] = {
             "scenario": case.title,
@@ -108,6 +120,7 @@ def main() -> int:
             "connections": case.connections,
             "seconds": options.seconds,
             "skipped": finding.skipped,
+            "refused_turns": refused,
             "rows": [asdict(row) for row in finding.rows],
             "turns": [asdict(turn) for turn in turns],
         }
@@ -118,7 +131,11 @@ def main() -> int:
 
 
 def take_turn(case: Case, bundle: Bundle, image: bytes, seconds: float) -> Turn:
-    """Measure everything once, side by side in time."""
+    """Measure everything once, one after the other.
+
+    Raises:
+        RefusedError: not every request was accepted.
+    """
     with server.serving(bundle.directory.parent.parent, {"access_log": False}) as service:
         endpoint = Endpoint.of(service.url, case.model)
         plan = Plan(endpoint, build_requests(endpoint, [image]), connections=1, seconds=seconds, warm_up_s=WARM_UP_S)
@@ -146,9 +163,13 @@ def bare_ms(bundle: Bundle, image: bytes, seconds: float) -> float:
 
 
 def all_accepted(report: Report) -> tuple[Latency, Report]:
-    """Return a report whose every request was accepted, and its latencies; any other is no figure to compare."""
+    """Return a report whose every request was accepted, and its latencies.
+
+    Raises:
+        RefusedError: it is another one, and no figure to compare.
+    """
     if report.latency_ms is None or report.accepted != report.due:
-        raise SystemExit(f"Of {report.due} requests only {report.accepted} were accepted: {report.to_json()}")
+        raise RefusedError(f"of {report.due} requests only {report.accepted} were accepted; {report.first_bodies}")
     return report.latency_ms, report
 
 

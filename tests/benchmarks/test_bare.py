@@ -33,7 +33,7 @@ def test_a_case_without_a_bar_shows_its_figure():
     assert rows["served ÷ ceiling"].met is True
 
 
-def test_a_run_with_refusals_is_no_figure():
+def test_a_turn_with_refusals_is_taken_again(tmp_path, monkeypatch, capsys):
     samples = Samples()
     samples.add(0.0, 200)
     samples.add(0.0, 429)
@@ -47,22 +47,33 @@ def test_a_run_with_refusals_is_no_figure():
         connections=1,
         strain=Strain(0, 0),
     )
-    with pytest.raises(SystemExit, match="Of 2 requests only 1 were accepted"):
-        bare.all_accepted(report)
+    outcomes = iter([lambda: bare.all_accepted(report), lambda: Turn(10, 11, 95, 100, 100)])
+    monkeypatch.setattr(bare, "take_turn", lambda *_: next(outcomes)())
+    output = run(tmp_path, monkeypatch, status=0)
+    assert (output["refused_turns"], len(output["turns"])) == (1, 1)
+    assert "of 2 requests only 1 were accepted" in capsys.readouterr().out
+    monkeypatch.setattr(bare, "take_turn", lambda *_: bare.all_accepted(report))
+    with pytest.raises(SystemExit, match="too busy"):
+        run(tmp_path, monkeypatch, status=0)
 
 
-def test_a_real_turn(tmp_path, monkeypatch, capsys):
-    """The whole way, with a tiny model and tenths of seconds: service, clients, bare loops, table and file."""
+def run(tmp_path, monkeypatch, status, case=CASES["photo"]):
+    """Run the command for one case, with a tiny model and tenths of seconds, and return what it wrote."""
     bundle = make_bundle(tmp_path / "models")
-    monkeypatch.setattr(bare, "CASES", {"tiny": Case("colours", "one colour", 2, 1000.0, 1000.0)})
+    monkeypatch.setattr(bare, "CASES", {"tiny": case})
     monkeypatch.setattr(bare, "IMAGES", {bare.IMAGE: lambda: plain_image("red")})
     monkeypatch.setattr(bare, "bundle_of", lambda model: bundle)
     monkeypatch.setattr(bare, "WARM_UP_S", 0.1)
     output = tmp_path / "bare.json"
     arguments = ["--turns", "1", "--seconds", "0.2", "--output", output, "--lock", tmp_path / "lock"]
     monkeypatch.setattr(sys, "argv", ["bare", *map(str, arguments)])
-    assert bare.main() == 1, "nothing is served a thousand times as fast as its ceiling"
-    written = json.loads(output.read_text())["tiny"]
+    assert bare.main() == status
+    return json.loads(output.read_text())["tiny"]
+
+
+def test_a_real_turn(tmp_path, monkeypatch, capsys):
+    """Service, clients, bare loops, table and file; nothing is served a thousand times as fast as its ceiling."""
+    written = run(tmp_path, monkeypatch, 1, Case("colours", "one colour", 2, 1000.0, 1000.0))
     assert min(written["turns"][0].values()) > 0
     assert [row["met"] for row in written["rows"] if row["met"] is not None] == [True, False]
     assert "served ÷ ceiling" in capsys.readouterr().out
