@@ -27,7 +27,7 @@ from app.bench.requests import Endpoint, build_requests
 from app.cpus import machine
 from app.images import decode
 from app.manifest import Bundle
-from app.sessions import OnnxSession
+from app.sessions import ClassifierSession
 from benchmarks.peers.__main__ import bundle_of, locked
 from benchmarks.peers.scenarios import IMAGES
 from benchmarks.survival.__main__ import table
@@ -151,12 +151,12 @@ def take_turn(case: Case, bundle: Bundle, image: bytes, seconds: float) -> Turn:
 
 def bare_ms(bundle: Bundle, image: bytes, seconds: float) -> float:
     """Return the median milliseconds of decode and run of one image, in one thread."""
-    session, recipe = OnnxSession(bundle.model_path, "cpu", 1), bundle.manifest.pixels
+    session, recipe = ClassifierSession(bundle.model_path, "cpu", 1), bundle.manifest.pixels
     times = []
     begin = time.perf_counter() + min(WARM_UP_S, seconds)
     stop = begin + seconds
     while (started := time.perf_counter()) < stop:
-        session.run(decode(image, recipe)[None])
+        session.classify(decode(image, recipe)[None])
         if started >= begin:
             times.append(time.perf_counter() - started)
     return statistics.median(times) * 1000
