@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +28,7 @@ from app.cpus import machine
 from app.images import decode
 from app.manifest import Bundle
 from app.sessions import ClassifierSession
+from benchmarks.others import Others
 from benchmarks.peers.__main__ import bundle_of, locked
 from benchmarks.peers.scenarios import IMAGES
 from benchmarks.survival.__main__ import table
@@ -67,6 +68,8 @@ class Turn:
     served_per_s: float
     served_p99_ms: float
     ceiling_per_s: float
+    others_cpus: float | None = None
+    """Processors that others took meanwhile; None: not known on this system."""
 
     @property
     def one_over_bare(self) -> float:
@@ -102,14 +105,15 @@ def main() -> int:
         refused = 0
         while len(turns) < options.turns:
             try:
-                with locked(options.lock):
-                    turns.append(take_turn(case, bundle, image, options.seconds))
+                with locked(options.lock), Others() as others:
+                    turn = take_turn(case, bundle, image, options.seconds)
             except RefusedError as error:
                 console.print(f"Taking another turn: {error}.")
                 refused += 1
                 if refused > options.turns:
                     raise SystemExit("No more turns: the machine is too busy to be measured.") from None
             else:
+                turns.append(replace(turn, others_cpus=others.cpus))
                 console.print(f"[dim]{turns[-1]}")
         finding = finding_of(case, turns)
         document[name] = {
@@ -190,6 +194,7 @@ def finding_of(case: Case, turns: Sequence[Turn]) -> Finding:
     finding.told("their p99", median("served_p99_ms"), "ms")
     finding.told("ceiling", median("ceiling_per_s"), "images/s")
     finding.at_least("served ÷ ceiling", median("served_over_ceiling"), case.least_of_ceiling)
+    finding.told("processors that others took meanwhile, at most", max(turn.others_cpus or 0.0 for turn in turns))
     return finding
 
 

@@ -1,13 +1,14 @@
 """Served beside bare: the figures are medians of ratios of one turn, and each is held against its own bar."""
 
 import json
+import os
 import sys
 
 import pytest
 
 from app.bench.report import Strain, report_of
 from app.bench.samples import Samples
-from benchmarks import bare
+from benchmarks import bare, others
 from benchmarks.bare import CASES, Case, Turn, finding_of
 from tests.bundles import make_bundle, plain_image
 
@@ -25,6 +26,27 @@ def test_a_ratio_is_of_one_turn():
     )
     assert (rows["one connection ÷ bare"].value, rows["one connection ÷ bare"].met) == (1.1, True)
     assert (rows["served ÷ ceiling"].value, rows["served ÷ ceiling"].met) == (0.9, False)
+
+
+def test_what_others_took_is_of_neither_this_process_nor_its_children(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    tick = os.sysconf("SC_CLK_TCK")
+    clock = iter([100.0, 110.0])
+    times = [os.times_result((1, 1, 0, 0, 0)), os.times_result((2, 1, 3, 0, 0))]
+    monkeypatch.setattr(others, "STAT", stat)
+    monkeypatch.setattr(others.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(others.os, "times", lambda: times.pop(0))
+    stat.write_text(f"cpu  {50 * tick} 0 {10 * tick} 999 0\n")
+    with others.Others() as watch:
+        stat.write_text(f"cpu  {55 * tick} {4 * tick} {10 * tick} 999 0\n")
+    assert watch.cpus == 0.5, "9 s were busy, 4 of them here, in 10 s"
+
+
+def test_where_nobody_counts_processor_time_nothing_is_claimed(tmp_path, monkeypatch):
+    monkeypatch.setattr(others, "STAT", tmp_path / "stat")
+    with others.Others() as watch:
+        pass
+    assert watch.cpus is None
 
 
 def test_a_case_without_a_bar_shows_its_figure():
@@ -74,6 +96,7 @@ def run(tmp_path, monkeypatch, status, case=CASES["photo"]):
 def test_a_real_turn(tmp_path, monkeypatch, capsys):
     """Service, clients, bare loops, table and file; nothing is served a thousand times as fast as its ceiling."""
     written = run(tmp_path, monkeypatch, 1, Case("colours", "one colour", 2, 1000.0, 1000.0))
-    assert min(written["turns"][0].values()) > 0
+    assert min(value for name, value in written["turns"][0].items() if name != "others_cpus") > 0
+    assert written["turns"][0]["others_cpus"] >= 0
     assert [row["met"] for row in written["rows"] if row["met"] is not None] == [True, False]
     assert "served ÷ ceiling" in capsys.readouterr().out
