@@ -38,8 +38,8 @@ def tone(low: float, high: float, seconds: float = 0.4) -> np.ndarray:
 
 def clips() -> list[Clip]:
     """Three "words", and silence."""
-    words = [Clip(tone(300, 1200), 0), Clip(tone(1200, 300), 1), Clip(tone(3000, 3000), 2)]
-    return [*words, Clip(np.zeros(0, np.float32), SILENCE)] * 32
+    words = [Clip(tone(300, 500), 0), Clip(tone(1000, 1400), 1), Clip(tone(3000, 3500), 2)]
+    return [*words, Clip(np.zeros(0, np.float32), SILENCE)] * 64
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,7 +61,7 @@ def languages() -> LanguageNetwork:
 
 @pytest.fixture(scope="session")
 def keywords() -> KeywordNetwork:
-    return train_keywords(clips(), epochs=6, seed=3)
+    return train_keywords(clips(), epochs=8, seed=3)
 
 
 @pytest.fixture(scope="session")

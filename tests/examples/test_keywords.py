@@ -48,7 +48,7 @@ def test_the_features_are_the_textbooks(keywords):
 def test_every_frequency_in_the_middle_is_heard():
     bands = mel_bands()
     assert (bands.sum(axis=1) > 0).all()
-    assert (bands[:, 2:150].sum(axis=0) > 0.5).all()
+    assert (bands[:, 2:147].sum(axis=0) > 0.5).all()
 
 
 @pytest.mark.parametrize("rate", [16_000, 22_050, 44_100])
@@ -86,7 +86,7 @@ def test_a_clip_is_laid_somewhere_into_noise_of_the_level_asked_for(noise):
 def test_it_learns_and_the_same_seed_learns_the_same(keywords):
     assert accuracy(keywords, clips(), 30) > 0.95
     assert accuracy(KeywordNetwork().eval(), clips(), 30) < 0.6
-    again = train(clips(), epochs=6, seed=3)
+    again = train(clips(), epochs=8, seed=3)
     for name, weights in keywords.state_dict().items():
         assert torch.equal(weights, again.state_dict()[name])
 
