@@ -132,6 +132,12 @@ def test_what_stands_behind_a_text_does_not_matter(languages):
     assert torch.equal(languages(*inputs.values()), clean_answer)
 
 
+def test_lengths_that_lie_still_have_an_answer(languages):
+    tokens, _ = as_batch(["kurz", "x"]).values()
+    for lengths in ([-5, 0], [10**12, 5]):
+        assert torch.allclose(languages(tokens, torch.tensor(lengths)).sum(dim=1), torch.ones(2))
+
+
 def test_case_does_not_matter(languages):
     text = SENTENCES["de"].replace("ß", "ss")
     assert torch.equal(classify(languages, [text]), classify(languages, [text.upper()]))
