@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import convoy
+from app.keys import Access, append_key, make_key
 from convoy.wire import CONNECT_TIMEOUT_S, Countdown
 from tests.bundles import COLOURS, plain_image
 from tests.convoy.scripted import (
@@ -227,6 +228,21 @@ def test_the_key_goes_with_every_request_and_into_no_representation(make):
             client.live()
             assert "secret-key" not in repr(client) + repr(vars(client))
         assert [headers["authorization"] for _, headers, _ in server.requests] == ["Bearer secret-key"] * 2
+
+
+def test_a_service_that_wants_a_key(make, models, tmp_path):
+    keys = tmp_path / "keys"
+    key, line = make_key("tester", frozenset({Access.PREDICT}))
+    append_key(keys, "tester", line)
+    with service(models, tmp_path / "log", default_model="colours", keys=keys) as guarded:
+        with make(guarded.url) as client:
+            for ask in (lambda: client.predict(RED), client.models):
+                with pytest.raises(convoy.AuthenticationError) as caught:
+                    ask()
+                assert caught.value.status == 401
+            assert client.live() and client.ready()
+        with make(guarded.url, api_key=key) as client:
+            assert client.predict(RED).label == "red" and len(client.models()) == 2
 
 
 def test_no_variable_is_read_unless_asked_for(monkeypatch):

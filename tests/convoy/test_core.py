@@ -198,6 +198,17 @@ def test_each_status_has_its_class_and_brings_the_services_words(status, kind):
     assert type(copy) is kind and vars(copy) == vars(fault)
 
 
+@pytest.mark.parametrize("status", ALL_FAULTS)
+def test_what_is_tried_again(status):
+    world = World(reply(status), reply())
+    if status in (429, 502, 503):
+        assert world.predict().label == "cat"
+    else:
+        with pytest.raises(convoy.ConvoyError):
+            world.predict()
+    assert len(world.sent) == (2 if status in (429, 502, 503) else 1)
+
+
 def test_what_a_proxy_says_is_told_as_what_it_is():
     world = World(reply(502, b"<html>Bad Gateway</html>"), retries=0)
     with pytest.raises(convoy.UnavailableError, match=r"answered 502 Bad Gateway without a sentence") as caught:
@@ -209,7 +220,9 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["model", "version", "results", "top", "label", "error"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["model", "version", "results", "top", "label", "index", "error"]), inner, max_size=4
+        )
     ),
 )
 
@@ -222,6 +235,13 @@ def test_any_answer_is_a_prediction_or_an_error_of_ours(status, content):
     assert caught.value.status == status and caught.value.sentence
     if status == 200:
         assert type(caught.value) is convoy.BadAnswerError
+
+
+def test_numbers_that_are_none_are_no_answer():
+    content = prediction("cat")
+    content["results"][0]["top"][0]["index"] = float("inf")
+    with pytest.raises(convoy.BadAnswerError):
+        World(reply(200, content)).predict()
 
 
 @pytest.mark.parametrize("labels", [(), ("cat", "dog")])
