@@ -273,7 +273,7 @@ def test_asyncio_sends_several_requests_at_once_and_no_more_than_it_may():
         if under_way == 3:
             three.set()
         await three.wait()
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.02)  # long enough for a fourth to come, if it may
         under_way -= 1
         return httpx.Response(200, json=prediction("cat", "cat"))
 
