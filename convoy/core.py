@@ -26,7 +26,7 @@ from convoy.errors import (
     kind_of,
     place_of,
 )
-from convoy.images import ImageLike, Part, split
+from convoy.images import ImageLike, Part, is_single, split
 from convoy.results import (
     Model,
     Prediction,
@@ -194,8 +194,8 @@ class Core:
 
     def parts(self, images: Iterable[ImageLike], *, keep_faults: bool) -> Iterator[Part]:
         """Yield the images of a call in parts of one request each; see `convoy.images.split`."""
-        if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "__fspath__"):
-            raise TypeError("predict_many takes several images: give a list, or call predict.")
+        if is_single(images):
+            raise TypeError("Several images are a list, or an array [images, height, width, 3]; for one, call predict.")
         return split(
             images, self._max_images, self._max_bytes - ENVELOPE_BYTES, ENVELOPE_BYTES, keep_faults=keep_faults
         )

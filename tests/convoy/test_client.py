@@ -13,6 +13,7 @@ import convoy
 from app.keys import Access, append_key, make_key
 from convoy.wire import CONNECT_TIMEOUT_S, Countdown
 from tests.bundles import COLOURS, plain_image
+from tests.certificates import make_pair
 from tests.convoy.scripted import (
     CLOSE,
     DRIP,
@@ -243,6 +244,16 @@ def test_a_service_that_wants_a_key(make, models, tmp_path):
             assert client.live() and client.ready()
         with make(guarded.url, api_key=key) as client:
             assert client.predict(RED).label == "red" and len(client.models()) == 2
+
+
+def test_a_certificate_of_ones_own(make, models, tmp_path):
+    pair = make_pair(tmp_path)
+    options = {"tls_certificate": pair.certificate, "tls_key": pair.key, "default_model": "colours"}
+    with service(models, tmp_path / "log", verify=pair.trusting(), **options) as secure:
+        with make(secure.url, verify=pair.trusting()) as client:
+            assert client.predict(RED).label == "red"
+        with make(secure.url) as client, pytest.raises(convoy.UnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
+            client.predict(RED)
 
 
 def test_no_variable_is_read_unless_asked_for(monkeypatch):

@@ -1,10 +1,13 @@
 """The rules, without a socket or a clock: what is sent, what is tried again and when, and what an answer means."""
 
+import io
 import itertools
 import json
 import pickle
 import string
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -445,10 +448,12 @@ def test_what_is_not_about_one_image_ends_the_call_even_where_errors_are_kept():
         world.run(world.core.predict_part(Part([(0, b"a"), (1, b"b")]), world.core.ask(), keep_faults=True))
 
 
-def test_one_path_is_not_a_list_of_images():
-    for single in ("cat.jpg", b"bytes"):
-        with pytest.raises(TypeError, match="takes several images"):
+def test_one_image_is_not_a_list_of_images():
+    for single in ("cat.jpg", b"bytes", Path("cat.jpg"), io.BytesIO(b"bytes"), np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(TypeError, match="Several images are a list"):
             Core().parts(single, keep_faults=False)
+    (part,) = Core().parts(np.zeros((2, 4, 4, 3), np.uint8), keep_faults=False)
+    assert len(part.images) == 2
 
 
 def test_models_and_probes_are_read():
