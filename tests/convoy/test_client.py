@@ -12,6 +12,7 @@ from PIL import Image
 import convoy
 from app.keys import Access, append_key, make_key
 from convoy.wire import CONNECT_TIMEOUT_S, Countdown
+from tests.app.watching import wait_for
 from tests.bundles import COLOURS, plain_image
 from tests.certificates import make_pair
 from tests.convoy.scripted import (
@@ -57,8 +58,8 @@ def test_an_answer_says_where_it_comes_from(client, server):
     found = client.predict(RED, 2, model="colours", deadline_s=20, priority=1)
     assert (found.model, found.version, found.provider, len(found.top)) == ("colours", "1", "cpu", 2)
     assert len(found.digest) == 64 and set(found.server_ms) == {"decode", "queue", "infer"}
-    logged = [line for line in server.lines() if line.get("request_id") == found.request_id]
-    assert found.request_id and len(logged) == 1
+    assert found.request_id
+    wait_for(lambda: any(line.get("request_id") == found.request_id for line in server.lines()))
     asked = httpx.post(f"{server.url}/predict?top_k=2", content=RED).json()["results"][0]["top"]
     assert [(one.label, one.index, one.probability) for one in found.top] == [tuple(one.values()) for one in asked]
 
