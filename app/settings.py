@@ -41,6 +41,12 @@ class Settings(BaseModel):
         le=65535,
         description="A second port for /livez, /readyz and /metrics, answered also when the first is full; 0: none.",
     )
+    grpc_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port of the Open Inference Protocol over gRPC (extra grpc); 0: none. Workers share it.",
+    )
     workers: int = Field(
         default=1,
         ge=0,

@@ -18,6 +18,7 @@ FLOORS = {
     "app.bench": 11,
     "app.service": 10,
     "app.terminal": 10,
+    "app.grpc": 9,
     "app.remote": 10,
     "app.http": 9,
     "app.offline": 9,
@@ -49,7 +50,7 @@ FLOORS = {
     "app.watch": 0,
     "app": 0,
 }
-PACKAGES = ("app.bench", "app.http", "app.v2")
+PACKAGES = ("app.bench", "app.grpc", "app.http", "app.v2")
 TRAINING_MAY_IMPORT = {"app", "app.cpus", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
 
 
