@@ -348,7 +348,9 @@ class Core:
         }
         try:
             content = _json(outcome)
-            sentence, code = str(content["error"]), str(content.get("code", ""))
+            sentence, code = content["error"], str(content.get("code", ""))
+            if not (sentence and isinstance(sentence, str)):
+                raise ValueError("an error without a sentence")
         except (ValueError, KeyError, TypeError, AttributeError):
             sentence = f"{self.url} answered {_name_of(outcome.status)} without a sentence: it may not be Convoy."
             return kind(sentence, code="bad_answer" if kind is BadAnswerError else "", **common)

@@ -212,8 +212,9 @@ def test_what_is_tried_again(status):
     assert len(world.sent) == (2 if status in (429, 502, 503) else 1)
 
 
-def test_what_a_proxy_says_is_told_as_what_it_is():
-    world = World(reply(502, b"<html>Bad Gateway</html>"), retries=0)
+@pytest.mark.parametrize("content", [b"<html>Bad Gateway</html>", {"error": ""}, {"error": {"message": "x"}}, ["x"]])
+def test_what_a_proxy_says_is_told_as_what_it_is(content):
+    world = World(reply(502, content), retries=0)
     with pytest.raises(convoy.UnavailableError, match=r"answered 502 Bad Gateway without a sentence") as caught:
         world.predict()
     assert (caught.value.status, caught.value.code) == (502, "")
