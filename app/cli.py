@@ -1,28 +1,36 @@
-"""The command `convoy`: serve, predict, bench, tune, health. Parses words, prints answers; the work is elsewhere."""
+"""The command `convoy`: serve, predict, bench, tune, key, health. Parses words, prints answers; no more."""
 
 import argparse
 import http.client
 import json
 import logging
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from app import __version__
 from app.bench import cli as bench_cli
 from app.bench import tune as bench_tune
-from app.errors import BadRequestError, ConvoyError
-from app.settings import Settings, flag_of, variable_of
+from app.errors import BadRequestError, ConvoyError, SettingsError
+from app.settings import API_KEY_VARIABLE, Settings, flag_of, variable_of
+
+if TYPE_CHECKING:  # loaded when a command needs them
+    from app.offline import Classifier
+    from app.remote import RemoteClassifier
+
+log = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 PREDICT_SETTINGS = ("settings", "models", "device", "default_model", "max_image_pixels")
 BENCH_SETTINGS = ("settings", "models")
-HEALTH_SETTINGS = ("settings", "host", "port", "probe_port")
+KEY_SETTINGS = ("settings", "keys")
+HEALTH_SETTINGS = ("settings", "host", "port", "probe_port", "tls_certificate", "tls_client_ca")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,10 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     predict = commands.add_parser(
-        "predict", help="classify image files without a server", description="Classify image files, without a server."
+        "predict",
+        help="classify image files",
+        description="Classify image files, without a server, or by one with --url.",
     )
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     predict.add_argument("--model", help="which model; default: the default model")
+    predict.add_argument(
+        "--url", help="ask the service there, with the key in CONVOY_API_KEY if it is set; default: no service"
+    )
     predict.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image (default: 5)")
     predict.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     _add_settings(predict, PREDICT_SETTINGS)
@@ -72,6 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     bench_tune.add_flags(tune)
     _add_settings(tune, BENCH_SETTINGS)
     tune.set_defaults(run=lambda options: bench_tune.run(options, _settings(options)))
+
+    key = commands.add_parser(
+        "key",
+        help="make an API key",
+        description="Make an API key: it goes to standard output, this once, and only its SHA-256 into the key file. "
+        "Without --keys the line for the file is shown on standard error instead.",
+    )
+    key.add_argument("name", metavar="NAME", help="whose key it is, for the log")
+    key.add_argument(
+        "--scopes", default="predict", metavar="SCOPES", help="some of predict,admin,metrics (default: predict)"
+    )
+    _add_settings(key, KEY_SETTINGS)
+    key.set_defaults(run=_key)
 
     health = commands.add_parser(
         "health", help="exit 0 if the service is ready", description="Ask a running service whether it is ready."
@@ -113,6 +139,10 @@ def _serve(options: argparse.Namespace) -> NoReturn:
 
     settings = _settings(options)
     logs.configure(settings.log_format, settings.log_level)
+    if API_KEY_VARIABLE in os.environ and not settings.keys:
+        log.warning(
+            "%s is a client's key and protects nothing here: a service reads %s", API_KEY_VARIABLE, "CONVOY_KEYS"
+        )
     workers.serve(settings)
     # All is answered and said. A decode or a load that is stuck in native code would hold up the interpreter's own end,
     # or make it abort: neither may turn a clean drain into a crash.
@@ -121,23 +151,56 @@ def _serve(options: argparse.Namespace) -> NoReturn:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from app.offline import Classifier, image_files
+    from app.offline import image_files
     from app.terminal import print_json, print_table
 
     if options.top_k < 1:
         raise BadRequestError(f"--top-k cannot be {options.top_k}: at least one class is shown.")
     files = image_files(options.images)
-    classifier = Classifier(_settings(options), options.model)
-    answers = classifier.classify(files, options.top_k)
+    answers = _classifier(options).classify(files, options.top_k)
     show = print_json if options.json else print_table
     failures = show(answers, len(files))
     return 1 if failures else 0
 
 
+def _classifier(options: argparse.Namespace) -> "Classifier | RemoteClassifier":
+    if options.url is None:
+        from app.offline import Classifier
+
+        return Classifier(_settings(options), options.model)
+    from app.remote import RemoteClassifier
+
+    for name in PREDICT_SETTINGS:
+        if hasattr(options, f"setting_{name}"):
+            raise BadRequestError(f"{flag_of(name)} is for predictions without a server: leave it out, or --url.")
+    return RemoteClassifier(options.url, options.model, os.environ.get(API_KEY_VARIABLE))
+
+
+def _key(options: argparse.Namespace) -> int:
+    from app.keys import append_key, make_key, scopes_of
+
+    file = _settings(options).keys
+    key, line = make_key(options.name, scopes_of(options.scopes, f"--scopes {options.scopes}"))
+    if file:
+        append_key(Path(file), options.name, line)
+        print(f"Added to {file}; a service that uses it takes the key within two seconds.", file=sys.stderr)
+    else:
+        print(f"The line for the key file:\n{line}\nThe key, shown this once:", file=sys.stderr)
+    print(key)
+    return 0
+
+
 def _health(options: argparse.Namespace) -> int:
     settings = _settings(options)
     url = settings.local_url(settings.probe_port) + "/readyz"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a container's HTTP_PROXY is not for this
+    if url.startswith("https") and settings.tls_client_ca:
+        raise SettingsError("The port asks for a client's certificate: set --probe-port, which does not.")
+    # This machine's own address, by which no certificate is found; nothing secret is sent or asked.
+    trusting = ssl.create_default_context()
+    trusting.check_hostname = False
+    trusting.verify_mode = ssl.CERT_NONE
+    # A container's HTTP_PROXY is not for this.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting))
     try:
         answer = _answer_of(direct, url)
     except (OSError, http.client.HTTPException) as error:

@@ -10,27 +10,32 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from app import runtime
-from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, url_of
+from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
 from app.admission import Admission, Limits
-from app.cpus import usable_cpus
+from app.cpus import share_of_cpus
 from app.engine import LocalEngine
 from app.errors import SettingsError
 from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
+from app.keys import Keyring
 from app.loading import LoadedModel, Loader
 from app.metrics import Metrics
 from app.pages import Page, WriterState
 from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
+from app.tls import certificate_of, options
+
+if TYPE_CHECKING:
+    from app.grpc.server import Front
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +61,20 @@ class Service:
             metrics: where it counts, and its page; None: by itself.
 
         Raises:
-            SettingsError: the models directory is missing or empty.
+            SettingsError: the models directory is missing or empty, or key file or certificate are broken.
             RuntimeMissingError: there is no usable ONNX Runtime.
         """
         runtime.check_wheels(runtime.installed_wheels())
         forbid_pillow_guesses()
         self.settings = settings
-        self.cpus = usable_cpus()
+        self.cpus = share_of_cpus(settings.workers)
         self.draining = False
         self.fault: SettingsError | None = None
         self.metrics = metrics or Metrics()
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show)
+        self.keyring = Keyring(settings.keys)
+        self.certificate = certificate_of(settings)
         self._shown: object = None
         self._loader = Loader(
             self.metrics,
@@ -101,6 +108,7 @@ class Service:
             repository=self.repository,
             metrics=self.metrics,
             probes=self.probes,
+            keyring=self.keyring,
             limits=BodyLimits(
                 max_body_bytes=min(settings.max_body_bytes, settings.max_inflight_bytes),
                 max_images=min(settings.max_images_per_request, settings.max_inflight_images),
@@ -109,6 +117,7 @@ class Service:
             access_log=settings.access_log,
             lifespan=self._lifespan,
         )
+        self.grpc = self._grpc_front() if settings.grpc_port else None
 
     def why_not_ready(self) -> str:
         """Return why the service should get no traffic, or an empty string."""
@@ -128,6 +137,8 @@ class Service:
     def show(self) -> None:
         """Show in the page that the event loop turns, and in which state models and process are."""
         self.page.beat()
+        if self.grpc is not None:
+            self.grpc.show(not self.why_not_ready())
         models = {entry.name: entry.state.value for entry in self.repository.entries.values()}
         shown = self.state(), {"reason": self.why_not_ready(), "models": models}
         if shown != self._shown:
@@ -141,6 +152,8 @@ class Service:
         loader = threading.Thread(target=self._load, name="loader", daemon=True)
         loader.start()
         yield
+        if self.grpc is not None:
+            await self.grpc.drained()
         await asyncio.to_thread(self.repository.close)
         self.engine.close()
         log.info("stopped")
@@ -161,6 +174,24 @@ class Service:
         else:
             log.info("ready", extra={"default_model": self.repository.default, "cpus": self.cpus})
 
+    def _grpc_front(self) -> "Front":
+        try:
+            from app.grpc.server import create_front
+        except ModuleNotFoundError as error:
+            raise SettingsError(
+                f"grpc_port needs the extra grpc, of which {error.name} is missing: pip install 'convoy-serve[grpc]'."
+            ) from None
+        return create_front(
+            engine=self.engine,
+            repository=self.repository,
+            metrics=self.metrics,
+            keyring=self.keyring,
+            certificate=self.certificate,
+            why_not_ready=self.why_not_ready,
+            operations=None,
+            settings=self.settings,
+        )
+
     def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
         return self._loader.load(name, version, directory, self._loop)
 
@@ -170,6 +201,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, probe_port: socket.socket | None = None) -> None:
         settings = service.settings
+        certificate = service.certificate
         super().__init__(
             uvicorn.Config(
                 service.app,
@@ -182,10 +214,12 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=settings.drain_timeout_s,
                 backlog=BACKLOG,
+                ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
             )
         )
         self.service = service
         self._probe_port = ProbePort(service.probes, probe_port)
+        self._grpc_started = service.grpc is None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections."""
@@ -193,12 +227,32 @@ class Server(uvicorn.Server):
         if hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         await self._probe_port.__aenter__()
-        await super().startup(sockets)
+        await super().startup(sockets=[])
+        # uvicorn would give a TLS handshake a minute, and half a minute to the end of a connection.
+        loop, tls = asyncio.get_running_loop(), options(self.config.ssl)
+        for listener in sockets or []:
+            self.servers.append(await loop.create_server(self._new_connection, sock=listener, backlog=BACKLOG, **tls))
+
+    def _new_connection(self) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class
+        connection: asyncio.Protocol = protocol(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=asyncio.get_running_loop(),
+        )
+        return connection
 
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, whether to stop."""
         self.service.show()
+        if not self._grpc_started and self._grpc_may_start():
+            self._grpc_started = True
+            await self._start_grpc()
         if counter % TICKS_A_SECOND == 0:
+            self.service.keyring.refresh()
+            if self.service.certificate is not None:
+                self.service.certificate.refresh()
             now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
                 cast(Connection, connection).close_if_idle(now)
@@ -207,12 +261,16 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing more, answer what was accepted, and stop the service."""
         showing = asyncio.create_task(self._keep_showing())
+        if (grpc := self.service.grpc) is not None:
+            grpc.drain(self.service.settings.drain_timeout_s)
         self._stop_accepting(sockets or [])
         await self._last_requests()
         await super().shutdown(sockets)
         if self.force_exit:
             # The lifespan is cut off as well, which uvicorn would tell at length.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            if grpc is not None:
+                await grpc.cut_off()
         await self._probe_port.__aexit__()
         showing.cancel()
 
@@ -227,6 +285,16 @@ class Server(uvicorn.Server):
     def hang_up(self) -> None:
         """Say why SIGHUP does nothing here."""
         log.warning("not reloaded: with one worker nobody would answer meanwhile; start with --workers 2 or more")
+
+    def _grpc_may_start(self) -> bool:
+        return True
+
+    async def _start_grpc(self) -> None:
+        try:
+            if self.service.grpc is not None:
+                await self.service.grpc.start()
+        except SettingsError as fault:
+            self.service.fault = fault
 
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
         for server in self.servers:
@@ -273,17 +341,14 @@ class SharingServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections in turn with the other workers."""
         await super().startup(sockets=[])
-        protocol: Any = self.config.http_protocol_class
-        loop = asyncio.get_running_loop()
         self._acceptor = Acceptor(
             self._listener,
-            lambda: protocol(
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
-            ),
+            self._new_connection,
             self.service.page,
             self.service.metrics.pages,
+            self.config.ssl,
         )
-        loop.add_reader(self._lifeline, self._supervisor_is_gone)
+        asyncio.get_running_loop().add_reader(self._lifeline, self._supervisor_is_gone)
 
     async def on_tick(self, counter: int) -> bool:
         """Tell whether to stop; while loading, keep no connection: the next request may find a worker that is ready."""
@@ -309,6 +374,10 @@ class SharingServer(Server):
         log.error("the supervisor is gone: draining")
         self.handle_exit(signal.SIGTERM, None)
 
+    def _grpc_may_start(self) -> bool:
+        # Whoever is still loading would answer UNAVAILABLE where a neighbour can answer.
+        return self.service.page.state is not WriterState.LOADING
+
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
         if self._acceptor is not None:
             self._acceptor.close()
@@ -326,8 +395,12 @@ def serve(settings: Settings) -> None:
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
     service = Service(settings)
-    with listen(settings.host, settings.port) as listener, listen_for_probes(settings) or nullcontext() as probes:
-        log.info("listening", extra={"url": url_of(listener)})
+    with (
+        listen(settings.host, settings.port) as listener,
+        listen_for_probes(settings) or nullcontext() as probes,
+        reserve_for_grpc(settings),
+    ):
+        log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
         Server(service, probes).run(sockets=[listener])
     if service.fault is not None:
         raise service.fault

@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from app import logs
-from app.accept import listen, listen_for_probes, url_of
+from app.accept import listen, listen_for_probes, reserve_for_grpc, url_of
 from app.cpus import usable_cpus
 from app.errors import ConvoyError, SettingsError
 from app.metrics import Metrics
@@ -54,6 +54,8 @@ def serve(settings: Settings) -> None:
         SettingsError: no models, no port, no such device, or more than one worker on a system that cannot share memory.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
+    if not (settings.keys or settings.is_private()):
+        log.warning("whoever reaches this address may ask: no keys are set", extra={"host": settings.host})
     count = settings.workers or usable_cpus()
     if count == 1:
         from app import service
@@ -62,22 +64,19 @@ def serve(settings: Settings) -> None:
         return
     if not hasattr(os, "memfd_create"):
         raise SettingsError("More than one worker needs Linux: set --workers 1 or CONVOY_WORKERS=1.")
-    with listen(settings.host, settings.port) as listener:
+    with listen(settings.host, settings.port) as listener, reserve_for_grpc(settings):
         Supervisor(settings, count, listener, listen_for_probes(settings)).run()
 
 
 def share_of(settings: Settings, workers: int) -> Settings:
-    """Return one worker's settings: its share of the processors, and of what may be inside the whole service.
+    """Return one worker's settings: its share of what may be inside the whole service.
 
     A share is never smaller than the largest single request, which would otherwise find no worker that may take it.
     """
-    cpus = max(1, usable_cpus() // workers)
     images = math.ceil(settings.max_inflight_images / workers)
     body_bytes = math.ceil(settings.max_inflight_bytes / workers)
     return settings.model_copy(
         update={
-            "sessions": settings.sessions or cpus,
-            "decode_threads": settings.decode_threads or cpus,
             "max_inflight_images": max(images, min(settings.max_images_per_request, settings.max_inflight_images)),
             "max_inflight_bytes": max(body_bytes, min(settings.max_body_bytes, settings.max_inflight_bytes)),
             # An image of any size may come where nothing waits, so a small share refuses nobody for ever.
@@ -202,7 +201,8 @@ class Supervisor:
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         async with self._probe_port:
-            log.info("listening", extra={"url": url_of(self._listener), "workers": self._count})
+            url = url_of(self._listener, secure=bool(self._settings.tls_certificate))
+            log.info("listening", extra={"url": url, "workers": self._count})
             places = [Place(self._start()) for _ in range(self._count)]
             works: list[Coroutine[None, None, object]] = [
                 *map(self._keep, places),

@@ -29,7 +29,7 @@ _ID_START = secrets.token_hex(10)
 _ids = itertools.count()
 _FAILED_INSIDE = frozenset({500, 504})
 """Statuses of requests that were admitted: not refusals, so not in `convoy_rejected_total`."""
-_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+_QUIET = frozenset({"/livez", "/readyz", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
 _INTERNAL_ERROR = json.dumps(
     {"error": "Something broke inside; the log has it under this request's id.", "code": "internal"}
 ).encode()
@@ -50,6 +50,8 @@ class Trace:
     images: int = 0
     status: int = CLIENT_GONE
     code: str = ""
+    key: str = ""
+    """Name of the key that it came with; the key itself is in no log."""
 
 
 def trace_of(scope: Scope) -> Trace:
@@ -110,6 +112,8 @@ class Observe:
             }
             if trace.model:
                 fields |= {"model": trace.model, "images": trace.images}
+            if trace.key:
+                fields["key"] = trace.key
             if trace.code:
                 fields["code"] = trace.code
             log.info("request", extra=fields)

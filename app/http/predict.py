@@ -40,7 +40,7 @@ TimeoutMs = Annotated[
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _FORM = {"schema": {"type": "object", "properties": {"file": _FILES}}}
-_BODY = {
+IMAGE_BODY = {
     "required": True,
     "description": "One image as raw bytes; or a form with one or more files; or base64 in JSON.",
     "content": {
@@ -54,6 +54,8 @@ _BODY = {
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Malformed request"},
+    401: {"model": ErrorResponse, "description": "No key, or an unknown one"},
+    403: {"model": ErrorResponse, "description": "The key is not for this"},
     404: {"model": ErrorResponse, "description": "Unknown model"},
     413: {"model": ErrorResponse, "description": "Body, image or number of images too large"},
     415: {"model": ErrorResponse, "description": "Content type not taken"},
@@ -194,7 +196,7 @@ def routes(predictor: Predictor) -> APIRouter:
     documented: dict[str, Any] = {
         "response_model": PredictResponse,
         "responses": _ERRORS,
-        "openapi_extra": {"requestBody": _BODY},
+        "openapi_extra": {"requestBody": IMAGE_BODY},
     }
 
     @router.post(ROUTE, summary="Classify with the default model", **documented)

@@ -163,7 +163,11 @@ def _numbers_in(name: str, datatype: str, flat: Sequence[Any]) -> Array:
     if datatype == "FP16":
         raise BadRequestError(f"Input '{name}' is FP16, which is taken in binary form only: send binary_data_size.")
     dtype = DATATYPES[datatype]
-    _refuse_others(name, datatype, set(map(type, flat)), _NUMBERS[dtype.kind])
+    kinds = set(map(type, flat))
+    if dtype.kind in "iu" and float in kinds:
+        flat = _whole_numbers(name, datatype, flat)
+        kinds.discard(float)
+    _refuse_others(name, datatype, kinds, _NUMBERS[dtype.kind])
     array = np.empty(len(flat), dtype)
     try:
         with np.errstate(over="ignore"):
@@ -174,6 +178,14 @@ def _numbers_in(name: str, datatype: str, flat: Sequence[Any]) -> Array:
     if dtype.kind == "f" and not np.isfinite(array).all():
         raise BadRequestError(f"Input '{name}' has a number beyond the range of {datatype}.")
     return array
+
+
+def _whole_numbers(name: str, datatype: str, flat: Sequence[Any]) -> Sequence[Any]:
+    """Return values with those like 220.0 as integers: clients generated from the protocol's document send them so."""
+    for value in flat:
+        if type(value) is float and not value.is_integer():
+            raise BadRequestError(f"Input '{name}' is {datatype}, but has {value!r} in it, which is no whole number.")
+    return [int(value) if type(value) is float else value for value in flat]
 
 
 def _flatten(name: str, shape: tuple[int, ...], data: Sequence[Any]) -> Sequence[Any]:
