@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import socket
 import subprocess
 from pathlib import Path
 
@@ -227,6 +228,29 @@ def test_a_body_that_is_too_large(models, tmp_path):
         bomb = gzip.compress(b'{"instances": [' + b"1," * 3000)
         answer = server.client.post(PREDICT, content=bomb, headers={"Content-Encoding": "gzip"})
         assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
+def dropped(server, stage: str, reason: str) -> float:
+    return server.metrics().get(f'convoy_dropped_total{{model="slow",reason="{reason}",stage="{stage}"}}', 0)
+
+
+def test_deadlines_and_clients_that_leave(tmp_path):
+    make_bundle(tmp_path / "models", "slow", slow=True)
+    content = json.dumps({"instances": [b64(RED)] * 8}).encode()
+    with convoy(tmp_path / "models", tmp_path / "log", sessions=1, max_batch=1) as server:
+        for path, body in (("/v1/models/slow:predict", content), ("/predictions/slow", RED)):
+            late = server.client.post(path, content=body, headers={"Timeout-Ms": "1"})
+            assert late.status_code in (429, 504), late.text  # known at the door, or only inside
+        address = server.client.base_url.host, server.client.base_url.port
+        with socket.create_connection(address, 10) as connection:
+            head = b"POST /v1/models/slow:predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content)
+            connection.sendall(head + content)
+            inflight = 'convoy_inflight_requests{model="slow"}'
+            wait_for(lambda: server.metrics()[inflight] == 1)
+        wait_for(lambda: server.metrics()[inflight] == 0)
+        assert dropped(server, "queue", "disconnected") + dropped(server, "infer", "disconnected") == 1
+        assert server.metrics()["convoy_inflight_images"] == 0
+        assert server.metrics()["convoy_inflight_bytes"] == 0
 
 
 @pytest.mark.parametrize("verb", ["explain", "classify", "regress"])
