@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from app import runtime
-from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, url_of
+from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
 from app.admission import Admission, Limits
-from app.cpus import usable_cpus
+from app.cpus import share_of_cpus
 from app.engine import LocalEngine
 from app.errors import SettingsError
 from app.http.application import create_app
@@ -33,6 +33,9 @@ from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
 from app.tls import certificate_of, options
+
+if TYPE_CHECKING:
+    from app.grpc.server import Front
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class Service:
         runtime.check_wheels(runtime.installed_wheels())
         forbid_pillow_guesses()
         self.settings = settings
-        self.cpus = usable_cpus()
+        self.cpus = share_of_cpus(settings.workers)
         self.draining = False
         self.fault: SettingsError | None = None
         self.metrics = metrics or Metrics()
@@ -114,6 +117,7 @@ class Service:
             access_log=settings.access_log,
             lifespan=self._lifespan,
         )
+        self.grpc = self._grpc_front() if settings.grpc_port else None
 
     def why_not_ready(self) -> str:
         """Return why the service should get no traffic, or an empty string."""
@@ -133,6 +137,8 @@ class Service:
     def show(self) -> None:
         """Show in the page that the event loop turns, and in which state models and process are."""
         self.page.beat()
+        if self.grpc is not None:
+            self.grpc.show(not self.why_not_ready())
         models = {entry.name: entry.state.value for entry in self.repository.entries.values()}
         shown = self.state(), {"reason": self.why_not_ready(), "models": models}
         if shown != self._shown:
@@ -146,6 +152,8 @@ class Service:
         loader = threading.Thread(target=self._load, name="loader", daemon=True)
         loader.start()
         yield
+        if self.grpc is not None:
+            await self.grpc.drained()
         await asyncio.to_thread(self.repository.close)
         self.engine.close()
         log.info("stopped")
@@ -165,6 +173,24 @@ class Service:
             log.error("not ready", extra={"reason": reason})
         else:
             log.info("ready", extra={"default_model": self.repository.default, "cpus": self.cpus})
+
+    def _grpc_front(self) -> "Front":
+        try:
+            from app.grpc.server import create_front
+        except ModuleNotFoundError as error:
+            raise SettingsError(
+                f"grpc_port needs the extra grpc, of which {error.name} is missing: pip install 'convoy-serve[grpc]'."
+            ) from None
+        return create_front(
+            engine=self.engine,
+            repository=self.repository,
+            metrics=self.metrics,
+            keyring=self.keyring,
+            certificate=self.certificate,
+            why_not_ready=self.why_not_ready,
+            operations=None,
+            settings=self.settings,
+        )
 
     def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
         return self._loader.load(name, version, directory, self._loop)
@@ -193,6 +219,7 @@ class Server(uvicorn.Server):
         )
         self.service = service
         self._probe_port = ProbePort(service.probes, probe_port)
+        self._grpc_started = service.grpc is None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections."""
@@ -219,6 +246,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, whether to stop."""
         self.service.show()
+        if not self._grpc_started and self._grpc_may_start():
+            self._grpc_started = True
+            await self._start_grpc()
         if counter % TICKS_A_SECOND == 0:
             self.service.keyring.refresh()
             if self.service.certificate is not None:
@@ -231,12 +261,16 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing more, answer what was accepted, and stop the service."""
         showing = asyncio.create_task(self._keep_showing())
+        if (grpc := self.service.grpc) is not None:
+            grpc.drain(self.service.settings.drain_timeout_s)
         self._stop_accepting(sockets or [])
         await self._last_requests()
         await super().shutdown(sockets)
         if self.force_exit:
             # The lifespan is cut off as well, which uvicorn would tell at length.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            if grpc is not None:
+                await grpc.cut_off()
         await self._probe_port.__aexit__()
         showing.cancel()
 
@@ -251,6 +285,16 @@ class Server(uvicorn.Server):
     def hang_up(self) -> None:
         """Say why SIGHUP does nothing here."""
         log.warning("not reloaded: with one worker nobody would answer meanwhile; start with --workers 2 or more")
+
+    def _grpc_may_start(self) -> bool:
+        return True
+
+    async def _start_grpc(self) -> None:
+        try:
+            if self.service.grpc is not None:
+                await self.service.grpc.start()
+        except SettingsError as fault:
+            self.service.fault = fault
 
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
         for server in self.servers:
@@ -330,6 +374,10 @@ class SharingServer(Server):
         log.error("the supervisor is gone: draining")
         self.handle_exit(signal.SIGTERM, None)
 
+    def _grpc_may_start(self) -> bool:
+        # Whoever is still loading would answer UNAVAILABLE where a neighbour can answer.
+        return self.service.page.state is not WriterState.LOADING
+
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
         if self._acceptor is not None:
             self._acceptor.close()
@@ -347,7 +395,11 @@ def serve(settings: Settings) -> None:
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
     service = Service(settings)
-    with listen(settings.host, settings.port) as listener, listen_for_probes(settings) or nullcontext() as probes:
+    with (
+        listen(settings.host, settings.port) as listener,
+        listen_for_probes(settings) or nullcontext() as probes,
+        reserve_for_grpc(settings),
+    ):
         log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
         Server(service, probes).run(sockets=[listener])
     if service.fault is not None:

@@ -39,7 +39,7 @@ def test_every_series_has_its_row():
     assert set(re.findall(r"^\| `(convoy_\w+)` \|", METRICS, re.MULTILINE)) == expected
 
 
-@pytest.mark.parametrize("package", ["app", "training"])
+@pytest.mark.parametrize("package", ["app", "convoy", "training"])
 def test_every_module_is_on_the_map(package):
     rooms = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
     assert {room for room in rooms if f"`{room}`" not in ARCHITECTURE} == set()
