@@ -255,14 +255,20 @@ def test_deadlines_and_clients_that_leave(tmp_path):
 
 @pytest.mark.parametrize("verb", ["explain", "classify", "regress"])
 def test_what_is_not_offered_says_so(v1, verb):
-    for path in (f"/v1/models/colours:{verb}", f"/v1/models/colours/versions/1:{verb}"):
-        answer = v1.client.post(path, json={"instances": [1]})
+    for path in ("colours", "colours/versions/1", "colours/labels/stable"):
+        answer = v1.client.post(f"/v1/models/{path}:{verb}", json={"instances": [1]})
         assert (answer.status_code, answer.json()["code"]) == (501, "not_offered")
 
 
 def test_an_unknown_model_or_version(v1):
-    for path in ("/v1/models/nothing", "/v1/models/colours/versions/9", "/v1/models/nothing/metadata"):
-        answer = v1.client.get(path)
+    for path in (
+        "nothing",
+        "colours/versions/9",
+        "colours/labels/gone",
+        "nothing/metadata",
+        "colours/versions/9/metadata",
+    ):
+        answer = v1.client.get(f"/v1/models/{path}")
         assert answer.status_code == 404 and answer.json().keys() == {"error", "code"}
 
 
