@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from app import runtime
 from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
 from app.admission import Admission, Limits
-from app.cpus import usable_cpus
+from app.cpus import share_of_cpus
 from app.engine import LocalEngine
 from app.errors import SettingsError
 from app.http.application import create_app
@@ -67,7 +67,7 @@ class Service:
         runtime.check_wheels(runtime.installed_wheels())
         forbid_pillow_guesses()
         self.settings = settings
-        self.cpus = usable_cpus()
+        self.cpus = share_of_cpus(settings.workers)
         self.draining = False
         self.fault: SettingsError | None = None
         self.metrics = metrics or Metrics()

@@ -19,6 +19,8 @@ from app.errors import SettingsError
 ENVIRONMENT_PREFIX = "CONVOY_"
 API_KEY_VARIABLE = "CONVOY_API_KEY"
 """The key that commands which ask a service send along; no setting of a service."""
+CLIENT_VARIABLES = frozenset({"CONVOY_URL", API_KEY_VARIABLE})
+"""May be set where a command of the service runs, and say nothing to it: see docs/client.md."""
 
 
 class Settings(BaseModel):
@@ -194,7 +196,7 @@ class Settings(BaseModel):
         values: dict[str, Any] = {}
         origin: dict[str, str] = {}
         for variable, value in environment.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX) or variable == API_KEY_VARIABLE:
+            if not variable.startswith(ENVIRONMENT_PREFIX) or variable in CLIENT_VARIABLES:
                 continue
             field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             if field not in cls.model_fields:

@@ -69,17 +69,14 @@ def serve(settings: Settings) -> None:
 
 
 def share_of(settings: Settings, workers: int) -> Settings:
-    """Return one worker's settings: its share of the processors, and of what may be inside the whole service.
+    """Return one worker's settings: its share of what may be inside the whole service.
 
     A share is never smaller than the largest single request, which would otherwise find no worker that may take it.
     """
-    cpus = max(1, usable_cpus() // workers)
     images = math.ceil(settings.max_inflight_images / workers)
     body_bytes = math.ceil(settings.max_inflight_bytes / workers)
     return settings.model_copy(
         update={
-            "sessions": settings.sessions or cpus,
-            "decode_threads": settings.decode_threads or cpus,
             "max_inflight_images": max(images, min(settings.max_images_per_request, settings.max_inflight_images)),
             "max_inflight_bytes": max(body_bytes, min(settings.max_body_bytes, settings.max_inflight_bytes)),
             # An image of any size may come where nothing waits, so a small share refuses nobody for ever.
