@@ -9,11 +9,13 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 
 from app.errors import SettingsError
 from app.pages import Page, WriterState
 from app.settings import Settings, flag_of, variable_of
+from app.tls import options
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +63,10 @@ def listen_for_probes(settings: Settings) -> socket.socket | None:
     return listen(settings.host, settings.probe_port, "probe_port") if settings.probe_port else None
 
 
-def url_of(listener: socket.socket) -> str:
-    """Return the address of a listening socket as a URL."""
+def url_of(listener: socket.socket, *, secure: bool) -> str:
+    """Return the address of a listening socket as a URL; `secure`: it speaks TLS."""
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Connections(set[asyncio.Protocol]):
@@ -84,7 +86,15 @@ class Connections(set[asyncio.Protocol]):
 class Acceptor:
     """Accepts for one of several workers, one connection at a time. Used on the event loop only."""
 
-    def __init__(self, listener: socket.socket, protocol: ProtocolFactory, own: Page, pages: Sequence[Page]) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        protocol: ProtocolFactory,
+        own: Page,
+        pages: Sequence[Page],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._tls = options(tls)
         self._listener = listener
         self._protocol = protocol
         self._own = own
@@ -172,8 +182,8 @@ class Acceptor:
 
     async def _greet(self, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._protocol, connection)
-        except OSError as error:  # it was reset meanwhile
+            await self._loop.connect_accepted_socket(self._protocol, connection, **self._tls)
+        except OSError as error:  # it was reset meanwhile, or there was no handshake
             self._own.connections -= 1
             log.debug("connection lost at once", extra={"reason": str(error)})
             connection.close()

@@ -1,10 +1,11 @@
-"""The command `convoy`: serve, predict, bench, tune, health. Parses words, prints answers; the work is elsewhere."""
+"""The command `convoy`: serve, predict, bench, tune, key, health. Parses words, prints answers; no more."""
 
 import argparse
 import http.client
 import json
 import logging
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -15,14 +16,15 @@ from typing import Any, NoReturn
 from app import __version__
 from app.bench import cli as bench_cli
 from app.bench import tune as bench_tune
-from app.errors import BadRequestError, ConvoyError
+from app.errors import BadRequestError, ConvoyError, SettingsError
 from app.settings import Settings, flag_of, variable_of
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 PREDICT_SETTINGS = ("settings", "models", "device", "default_model", "max_image_pixels")
 BENCH_SETTINGS = ("settings", "models")
-HEALTH_SETTINGS = ("settings", "host", "port", "probe_port")
+KEY_SETTINGS = ("settings", "keys")
+HEALTH_SETTINGS = ("settings", "host", "port", "probe_port", "tls_certificate", "tls_client_ca")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     bench_tune.add_flags(tune)
     _add_settings(tune, BENCH_SETTINGS)
     tune.set_defaults(run=lambda options: bench_tune.run(options, _settings(options)))
+
+    key = commands.add_parser(
+        "key",
+        help="make an API key",
+        description="Make an API key: it goes to standard output, this once, and only its SHA-256 into the key file. "
+        "Without --keys the line for the file is shown on standard error instead.",
+    )
+    key.add_argument("name", metavar="NAME", help="whose key it is, for the log")
+    key.add_argument(
+        "--scopes", default="predict", metavar="SCOPES", help="some of predict,admin,metrics (default: predict)"
+    )
+    _add_settings(key, KEY_SETTINGS)
+    key.set_defaults(run=_key)
 
     health = commands.add_parser(
         "health", help="exit 0 if the service is ready", description="Ask a running service whether it is ready."
@@ -134,10 +149,31 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _key(options: argparse.Namespace) -> int:
+    from app.keys import append_key, make_key, scopes_of
+
+    file = _settings(options).keys
+    key, line = make_key(options.name, scopes_of(options.scopes, f"--scopes {options.scopes}"))
+    if file:
+        append_key(Path(file), options.name, line)
+        print(f"Added to {file}; a service that uses it takes the key within two seconds.", file=sys.stderr)
+    else:
+        print(f"The line for the key file:\n{line}\nThe key, shown this once:", file=sys.stderr)
+    print(key)
+    return 0
+
+
 def _health(options: argparse.Namespace) -> int:
     settings = _settings(options)
     url = settings.local_url(settings.probe_port) + "/readyz"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a container's HTTP_PROXY is not for this
+    if url.startswith("https") and settings.tls_client_ca:
+        raise SettingsError("The port asks for a client's certificate: set --probe-port, which does not.")
+    # This machine's own address, by which no certificate is found; nothing secret is sent or asked.
+    trusting = ssl.create_default_context()
+    trusting.check_hostname = False
+    trusting.verify_mode = ssl.CERT_NONE
+    # A container's HTTP_PROXY is not for this.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting))
     try:
         answer = _answer_of(direct, url)
     except (OSError, http.client.HTTPException) as error:

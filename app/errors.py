@@ -43,6 +43,20 @@ class LostBodyError(BadRequestError):
     closes = True
 
 
+class UnauthorizedError(ConvoyError):
+    """The request needs a key, and brings none or an unknown one."""
+
+    status = 401
+    code = "auth"
+
+
+class ForbiddenError(ConvoyError):
+    """The request's key is known, and not for this."""
+
+    status = 403
+    code = "auth"
+
+
 class UnknownModelError(ConvoyError):
     """No model, or no version of it, has that name."""
 

@@ -25,12 +25,14 @@ from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
+from app.keys import Keyring
 from app.loading import LoadedModel, Loader
 from app.metrics import Metrics
 from app.pages import Page, WriterState
 from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
+from app.tls import certificate_of, options
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Service:
             metrics: where it counts, and its page; None: by itself.
 
         Raises:
-            SettingsError: the models directory is missing or empty.
+            SettingsError: the models directory is missing or empty, or key file or certificate are broken.
             RuntimeMissingError: there is no usable ONNX Runtime.
         """
         runtime.check_wheels(runtime.installed_wheels())
@@ -68,6 +70,8 @@ class Service:
         self.metrics = metrics or Metrics()
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show)
+        self.keyring = Keyring(settings.keys)
+        self.certificate = certificate_of(settings)
         self._shown: object = None
         self._loader = Loader(
             self.metrics,
@@ -101,6 +105,7 @@ class Service:
             repository=self.repository,
             metrics=self.metrics,
             probes=self.probes,
+            keyring=self.keyring,
             limits=BodyLimits(
                 max_body_bytes=min(settings.max_body_bytes, settings.max_inflight_bytes),
                 max_images=min(settings.max_images_per_request, settings.max_inflight_images),
@@ -170,6 +175,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, probe_port: socket.socket | None = None) -> None:
         settings = service.settings
+        certificate = service.certificate
         super().__init__(
             uvicorn.Config(
                 service.app,
@@ -182,6 +188,7 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=settings.drain_timeout_s,
                 backlog=BACKLOG,
+                ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
             )
         )
         self.service = service
@@ -193,12 +200,29 @@ class Server(uvicorn.Server):
         if hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         await self._probe_port.__aenter__()
-        await super().startup(sockets)
+        await super().startup(sockets=[])
+        # uvicorn would give a TLS handshake a minute, and half a minute to the end of a connection.
+        loop, tls = asyncio.get_running_loop(), options(self.config.ssl)
+        for listener in sockets or []:
+            self.servers.append(await loop.create_server(self._new_connection, sock=listener, backlog=BACKLOG, **tls))
+
+    def _new_connection(self) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class
+        connection: asyncio.Protocol = protocol(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=asyncio.get_running_loop(),
+        )
+        return connection
 
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, whether to stop."""
         self.service.show()
         if counter % TICKS_A_SECOND == 0:
+            self.service.keyring.refresh()
+            if self.service.certificate is not None:
+                self.service.certificate.refresh()
             now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
                 cast(Connection, connection).close_if_idle(now)
@@ -273,17 +297,14 @@ class SharingServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections in turn with the other workers."""
         await super().startup(sockets=[])
-        protocol: Any = self.config.http_protocol_class
-        loop = asyncio.get_running_loop()
         self._acceptor = Acceptor(
             self._listener,
-            lambda: protocol(
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
-            ),
+            self._new_connection,
             self.service.page,
             self.service.metrics.pages,
+            self.config.ssl,
         )
-        loop.add_reader(self._lifeline, self._supervisor_is_gone)
+        asyncio.get_running_loop().add_reader(self._lifeline, self._supervisor_is_gone)
 
     async def on_tick(self, counter: int) -> bool:
         """Tell whether to stop; while loading, keep no connection: the next request may find a worker that is ready."""
@@ -327,7 +348,7 @@ def serve(settings: Settings) -> None:
     """
     service = Service(settings)
     with listen(settings.host, settings.port) as listener, listen_for_probes(settings) or nullcontext() as probes:
-        log.info("listening", extra={"url": url_of(listener)})
+        log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
         Server(service, probes).run(sockets=[listener])
     if service.fault is not None:
         raise service.fault

@@ -6,6 +6,7 @@ error wherever it stands, never ignored.
 """
 
 import difflib
+import ipaddress
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "CONVOY_"
+API_KEY_VARIABLE = "CONVOY_API_KEY"
+"""The key that commands which ask a service send along; no setting of a service."""
 
 
 class Settings(BaseModel):
@@ -41,6 +44,18 @@ class Settings(BaseModel):
         ge=0,
         le=64,
         description="Processes that share the port, each with sessions of its own; 0: one per usable CPU.",
+    )
+    keys: str = Field(
+        default="", description="File of API keys (convoy key); without one, everything but load and unload is open."
+    )
+    tls_certificate: str = Field(
+        default="",
+        description="Certificate and its chain (PEM): the port then speaks HTTPS. Read again when renewed.",
+    )
+    tls_key: str = Field(default="", description="Its private key (PEM); empty: it is in the certificate's file.")
+    tls_key_password_file: str = Field(default="", description="File with the key's password, if it has one.")
+    tls_client_ca: str = Field(
+        default="", description="Authorities (PEM): only clients with a certificate from one of them may connect."
     )
     models: Path = Field(default=Path("models"), description="Directory of bundles: <name>/<version>/model.json.")
     default_model: str = Field(
@@ -148,10 +163,18 @@ class Settings(BaseModel):
             limits[name] = int(limit)
         return limits
 
+    def is_private(self) -> bool:
+        """Tell whether nobody but this machine can reach the port."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
     def local_url(self, port: int = 0) -> str:
-        """Return where a service with these settings answers on this machine; `port`: on another one of its ports."""
+        """Return where a service with these settings answers on this machine; `port`: on its port for probes."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{port or self.port}"
+        scheme = "https" if self.tls_certificate and not port else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port or self.port}"
 
     @classmethod
     def from_sources(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Self:
@@ -165,7 +188,7 @@ class Settings(BaseModel):
         values: dict[str, Any] = {}
         origin: dict[str, str] = {}
         for variable, value in environment.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX):
+            if not variable.startswith(ENVIRONMENT_PREFIX) or variable == API_KEY_VARIABLE:
                 continue
             field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             if field not in cls.model_fields:

@@ -54,6 +54,8 @@ def serve(settings: Settings) -> None:
         SettingsError: no models, no port, no such device, or more than one worker on a system that cannot share memory.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
+    if not (settings.keys or settings.is_private()):
+        log.warning("whoever reaches this address may ask: no keys are set", extra={"host": settings.host})
     count = settings.workers or usable_cpus()
     if count == 1:
         from app import service
@@ -202,7 +204,8 @@ class Supervisor:
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         async with self._probe_port:
-            log.info("listening", extra={"url": url_of(self._listener), "workers": self._count})
+            url = url_of(self._listener, secure=bool(self._settings.tls_certificate))
+            log.info("listening", extra={"url": url, "workers": self._count})
             places = [Place(self._start()) for _ in range(self._count)]
             works: list[Coroutine[None, None, object]] = [
                 *map(self._keep, places),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ START_TIMEOUT_S = 30
 class ConvoyProcess:
     """`convoy serve` in a process of its own; its log lines are kept."""
 
-    def __init__(self, models: Path, log: Path, **settings: object) -> None:
+    def __init__(self, models: Path, log: Path, *, verify: ssl.SSLContext | bool = True, **settings: object) -> None:
         self._log = log
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CONVOY_")}
         environment |= {f"CONVOY_{name.upper()}": str(value) for name, value in settings.items()}
@@ -28,7 +29,7 @@ class ConvoyProcess:
                 [*command, "--log-format", "json"], env=environment, stderr=stderr, stdout=subprocess.DEVNULL
             )
         self.url = self._wait_for("listening")["url"]
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=30, verify=verify)
 
     def lines(self) -> list[dict]:
         text = self._log.read_text()

@@ -28,10 +28,12 @@ FLOORS = {
     "app.batcher": 4,
     "app.batchable": 4,
     "app.sessions": 3,
-    "app.accept": 2,
+    "app.accept": 3,
+    "app.tls": 2,
     "app.probes": 2,
     "app.golden": 4,
     "app.images": 2,
+    "app.keys": 1,
     "app.manifest": 1,
     "app.metrics": 1,
     "app.pages": 0,
@@ -43,6 +45,7 @@ FLOORS = {
     "app.logs": 0,
     "app.tensors": 0,
     "app.errors": 0,
+    "app.watch": 0,
     "app": 0,
 }
 PACKAGES = ("app.bench", "app.http", "app.v2")

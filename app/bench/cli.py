@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.bench.flags import check_folder, number, whole, write_text
 from app.errors import BadRequestError
-from app.settings import Settings
+from app.settings import API_KEY_VARIABLE, Settings
 
 if TYPE_CHECKING:
     from app.bench.ceiling import Ceiling
@@ -26,7 +27,8 @@ DESCRIPTION = """\
 Measure a running service. Without --rate the loop is closed: each connection sends its next request when its answer is
 there, which shows the most that the service can do. With --rate it is open: requests are due at constant distances
 whatever the service does, and a latency counts from the moment at which its request was due, which shows what users of
-that traffic see. Images are held in memory, at most 512 MB of them."""
+that traffic see. Images are held in memory, at most 512 MB of them. Where the service asks for an API key, it is taken
+from the environment variable CONVOY_API_KEY."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +91,13 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     open_loop = options.rate is not None
     plan = Plan(
         endpoint,
-        build_requests(endpoint, images, images_per_request=options.images_per_request, timeout_ms=options.timeout_ms),
+        build_requests(
+            endpoint,
+            images,
+            images_per_request=options.images_per_request,
+            timeout_ms=options.timeout_ms,
+            api_key=os.environ.get(API_KEY_VARIABLE, ""),
+        ),
         images_per_request=options.images_per_request,
         connections=options.connections or (OPEN_CONNECTIONS if open_loop else CLOSED_CONNECTIONS),
         rate=options.rate,

@@ -68,9 +68,20 @@ def read_bodies(files: Sequence[Path], most_bytes: int = MOST_BYTES) -> list[byt
 
 
 def build_requests(
-    endpoint: Endpoint, images: Sequence[bytes], *, images_per_request: int = 1, timeout_ms: int | None = None
+    endpoint: Endpoint,
+    images: Sequence[bytes],
+    *,
+    images_per_request: int = 1,
+    timeout_ms: int | None = None,
+    api_key: str = "",
 ) -> list[bytes]:
-    """Build whole HTTP/1.1 requests that take the images in turn: a raw body for one image, a form for several."""
+    """Build whole HTTP/1.1 requests that take the images in turn: a raw body for one image, a form for several.
+
+    Raises:
+        BadRequestError: the key cannot be sent in a header.
+    """
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise BadRequestError("The key in CONVOY_API_KEY is none: it has characters that no key has.")
     around = itertools.cycle(images)
     count = -(-len(images) // images_per_request)
     groups = [list(itertools.islice(around, images_per_request)) for _ in range(count)]
@@ -78,6 +89,8 @@ def build_requests(
     head = f"POST {endpoint.path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: convoy-bench\r\n"
     if timeout_ms is not None:
         head += f"Timeout-Ms: {timeout_ms}\r\n"
+    if api_key:
+        head += f"Authorization: Bearer {api_key}\r\n"
     return [_request(head.encode(), group) for group in groups]
 
 

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import SettingsError
-from app.settings import flag_of
+from app.settings import flag_of, variable_of
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
+NOT_MEASURED = frozenset(
+    map(variable_of, ("keys", "tls_certificate", "tls_key", "tls_key_password_file", "tls_client_ca"))
+)
+"""Variables of the service that is in use; the one that is measured is reached by nobody else, and does without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,13 @@ def serving(models: Path, settings: Mapping[str, object] | None = None) -> Itera
     # A pipe that nobody reads would fill with the access log, and stop the service.
     with tempfile.NamedTemporaryFile(prefix="convoy-log-") as log:
         # In a session of its own, so that Ctrl-C ends the measurement first, and the measurement ends the service.
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name not in NOT_MEASURED},
+        )
         try:
             yield Server(_url_when_ready(process, Path(log.name)), process.pid)
         finally:

@@ -1,4 +1,4 @@
-"""The application, assembled: observation, the direct way for predictions, and FastAPI for all routes."""
+"""The application, assembled: observation, keys, the direct way for predictions, and FastAPI for all routes."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -11,8 +11,10 @@ from starlette.types import ASGIApp
 from app import __version__
 from app.engine import Engine
 from app.http import errors, health, models, predict, v2
+from app.http.auth import Guard
 from app.http.bodies import BodyLimits
 from app.http.observe import Observe
+from app.keys import Keyring
 from app.metrics import Metrics
 from app.probes import Probes
 from app.repository import Repository
@@ -30,6 +32,7 @@ def create_app(
     repository: Repository,
     metrics: Metrics,
     probes: Probes,
+    keyring: Keyring,
     limits: BodyLimits,
     request_timeout_ms: int,
     access_log: bool,
@@ -42,14 +45,20 @@ def create_app(
     )
     errors.install(app)
     predictor = predict.Predictor(engine, limits, request_timeout_ms)
-    app.include_router(predict.routes(predictor))
     inferrer = v2.Inferrer(engine, limits, request_timeout_ms)
-    app.include_router(v2.routes(engine, repository, metrics, probes, inferrer))
-    app.include_router(models.routes(repository))
-    app.include_router(health.routes(probes))
+    routers = [
+        predict.routes(predictor),
+        v2.routes(engine, repository, metrics, probes, inferrer),
+        models.routes(repository),
+        health.routes(probes),
+    ]
+    for router in routers:
+        app.include_router(router)
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         return RedirectResponse("/docs")
 
-    return Observe(predict.Front(v2.Front(app, inferrer), predictor), metrics, access_log)
+    front = predict.Front(v2.Front(app, inferrer), predictor)
+    guard = Guard(front, keyring, [route for router in routers for route in router.routes])
+    return Observe(guard, metrics, access_log)

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from app.errors import BadRequestError, ConvoyError, QueueFullError
+from app.errors import BadRequestError, ConvoyError, QueueFullError, UnauthorizedError
 from app.http.observe import Trace, trace_of
 
 
@@ -27,6 +27,8 @@ async def send_error(fault: ConvoyError, trace: Trace, send: Send, *, closes: bo
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(fault, QueueFullError):
         headers.append((b"retry-after", b"%d" % fault.retry_after_s))
+    if isinstance(fault, UnauthorizedError):
+        headers.append((b"www-authenticate", b'Bearer realm="convoy"'))
     if closes or fault.closes:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": fault.status, "headers": headers})

@@ -50,6 +50,8 @@ class Trace:
     images: int = 0
     status: int = CLIENT_GONE
     code: str = ""
+    key: str = ""
+    """Name of the key that it came with; the key itself is in no log."""
 
 
 def trace_of(scope: Scope) -> Trace:
@@ -110,6 +112,8 @@ class Observe:
             }
             if trace.model:
                 fields |= {"model": trace.model, "images": trace.images}
+            if trace.key:
+                fields["key"] = trace.key
             if trace.code:
                 fields["code"] = trace.code
             log.info("request", extra=fields)

@@ -54,6 +54,8 @@ _BODY = {
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Malformed request"},
+    401: {"model": ErrorResponse, "description": "No key, or an unknown one"},
+    403: {"model": ErrorResponse, "description": "The key is not for this"},
     404: {"model": ErrorResponse, "description": "Unknown model"},
     413: {"model": ErrorResponse, "description": "Body, image or number of images too large"},
     415: {"model": ErrorResponse, "description": "Content type not taken"},

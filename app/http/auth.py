@@ -1,0 +1,83 @@
+"""Which route needs which key: decided here alone, from method and path, before anything of a body is read.
+
+What is not named needs the scope `predict`: a route that somebody adds is closed until it is opened here.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.errors import ConvoyError
+from app.http.errors import send_error
+from app.http.observe import trace_of
+from app.keys import Access, Keyring, presented_in
+
+OPEN = frozenset(
+    {
+        "/livez",
+        "/readyz",
+        "/ping",
+        "/v2/health/live",
+        "/v2/health/ready",
+        # The page for people, which a browser opens without a key, and which names no model.
+        "/",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+        "/openapi.json",
+    }
+)
+_OPEN_FILES = "/static-offline-docs/"
+_ADMIN = "/v2/repository/"
+_INDEX = "/v2/repository/index"
+"""Lists what is there, as `GET /models` does: the only one of its kind that changes nothing."""
+
+
+@lru_cache(maxsize=1024)
+def access_of(path: str) -> Access | None:
+    """Return what a path asks of a key; None: nothing."""
+    if path in OPEN or path.startswith(_OPEN_FILES):
+        return None
+    if path.startswith(_ADMIN) and path != _INDEX:
+        return Access.ADMIN
+    return Access.METRICS if path == "/metrics" else Access.PREDICT
+
+
+class Guard:
+    """Lets in who has a key for what is asked; refuses others in the one shape."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, routes: Sequence[BaseRoute]) -> None:
+        """Stand before an application.
+
+        Args:
+            app: whoever answers those who are let in.
+            keyring: the keys.
+            routes: for the name of the route that was refused, in metrics and log.
+        """
+        self._app = app
+        self._keyring = keyring
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if scope["type"] == "http":
+            # scope["path"] is what routes are found by; a URL made of the Host header may say something else.
+            needed = access_of(scope["path"])
+            if needed is not None and (self._keyring.guarded or needed is Access.ADMIN):
+                try:
+                    name = self._keyring.admit(presented_in(scope["headers"]), needed)
+                except ConvoyError as fault:
+                    await self._refuse(fault, scope, send)
+                    return
+                trace_of(scope).key = name
+        await self._app(scope, receive, send)
+
+    async def _refuse(self, fault: ConvoyError, scope: Scope, send: Send) -> None:
+        trace = trace_of(scope)
+        matches = (getattr(route, "path", "") for route in self._routes if route.matches(scope)[0] is Match.FULL)
+        trace.route = next(matches, "")
+        # Who asked before sending the body may send it or not: what comes next cannot be told.
+        asked = any(name == b"expect" for name, _ in scope["headers"])
+        await send_error(fault, trace, send, closes=asked)
