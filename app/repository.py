@@ -73,6 +73,7 @@ class Entry:
         aliases: names for versions, and which they mean now.
         fault: what is wrong with the folder as a whole, or with a version that should be served and is not.
         off: it was unloaded as a whole.
+        changing: its versions are being opened.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Entry:
     aliases: Mapping[str, str] = field(default_factory=dict)
     fault: str = ""
     off: bool = False
+    changing: bool = False
 
     @property
     def version(self) -> str:
@@ -90,7 +92,12 @@ class Entry:
 
     @property
     def state(self) -> State:
-        """The active version's; without one UNLOADED where that was asked for, else FAILED."""
+        """The active version's; without one UNLOADED where that was asked for, else FAILED.
+
+        LOADING while nothing answers and something is being opened: where one version fails, the next is tried.
+        """
+        if self.changing and self.model is None:
+            return State.LOADING
         if self.active in self.versions:
             return self.versions[self.active].state
         return State.UNLOADED if self.off else State.FAILED
@@ -306,8 +313,12 @@ class Repository:
             return {"": folder.fault}
         change = _Change(entry, folder, wish, refused or {}, starting)
         entry.versions = change.versions
-        self._prepare(change)
-        self._switch(entry, change)
+        entry.changing = True
+        try:
+            self._prepare(change)
+            self._switch(entry, change)
+        finally:
+            entry.changing = False
         return change.faults
 
     def close(self) -> None:
@@ -330,7 +341,7 @@ class Repository:
         served: list[str] = []
         if folder.fault:
             change.faults[""] = folder.fault
-        elif not folder.versions and not wish.off:
+        elif not folder.versions and not wish.off and folder.path.is_dir():
             change.faults[""] = (
                 f"{folder.path} holds no version that can be read: a bundle lies in {folder.path / '1'}."
             )
