@@ -45,6 +45,7 @@ RUN --mount=type=cache,target=/var/cache/pip \
     python -m pip --python /opt/convoy/bin/python install -c constraints.txt "setuptools>=77"
 COPY README.md LICENSE ./
 COPY app app
+COPY convoy convoy
 RUN python -m pip --python /opt/convoy/bin/python install --root /staged --no-deps --no-build-isolation . && \
     rm /staged/opt/convoy/bin/convoy-train
 

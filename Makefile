@@ -36,7 +36,7 @@ bench: $(VENV)/.dev ## measure the service here: throughput, latency, and agains
 	$(BIN)/python -m benchmarks.serving
 
 bench-peers: $(VENV)/.dev $(PEERS)/.installed ## measure the service beside LitServe, mosec and Triton, in turns; needs wrk
-	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 bench-survival: $(VENV)/.dev ## overload, leaving clients, kills, signals, quotas and two soaks: 45 minutes (ARGS="--only overload")
 	$(BIN)/python -m benchmarks.survival $(ARGS)
@@ -62,12 +62,15 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[cpu,train,dev]'
 	@touch $(VENV)/.serve $(VENV)/.train $@
 
-# One by one: a peer that cannot be installed here leaves the others. Its pins are not ours, NumPy's least of all.
+# What every peer runs on must be there; of the peers themselves, one that cannot be installed here leaves the others, and
+# the report says so. Their pins are not ours, NumPy's least of all.
+PEERS_INSTALL = PIP_CONSTRAINT= $(PEERS)/bin/pip install --quiet --disable-pip-version-check --constraint $<
+
 $(PEERS)/.installed: benchmarks/peers/requirements.txt
 	@echo "Setting up $(PEERS) with the servers to compare with (once) …"
 	$(PYTHON) -m venv $(PEERS)
-	@for peer in onnxruntime pillow pydantic litserve mosec nvidia-pytriton; do \
-		PIP_CONSTRAINT= $(PEERS)/bin/pip install --quiet --disable-pip-version-check --constraint $< $$peer \
-			|| echo "$$peer cannot be installed here; the report will say so."; \
+	$(PEERS_INSTALL) onnxruntime pillow simplejpeg pydantic
+	@for peer in litserve mosec nvidia-pytriton; do \
+		$(PEERS_INSTALL) $$peer || echo "*** $$peer cannot be installed here and will be left out (rm -r $(PEERS): try again). ***"; \
 	done
 	@touch $@

@@ -10,7 +10,8 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from app.errors import SettingsError
 from app.pages import Page, WriterState
@@ -61,6 +62,24 @@ def listen_for_probes(settings: Settings) -> socket.socket | None:
         SettingsError: it cannot be had.
     """
     return listen(settings.host, settings.probe_port, "probe_port") if settings.probe_port else None
+
+
+@contextmanager
+def reserve_for_grpc(settings: Settings) -> Iterator[None]:
+    """Hold the port for gRPC, if there is to be one, so that nobody else's workers share it; they bind it themselves.
+
+    Raises:
+        SettingsError: it cannot be had.
+    """
+    if not settings.grpc_port:
+        yield
+        return
+    with listen(settings.host, settings.grpc_port, "grpc_port") as first:
+        address = first.getsockname()
+    with socket.socket(first.family) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)  # and never listens: connections go to those who do
+        yield
 
 
 def url_of(listener: socket.socket, *, secure: bool) -> str:

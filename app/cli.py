@@ -11,13 +11,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from app import __version__
 from app.bench import cli as bench_cli
 from app.bench import tune as bench_tune
 from app.errors import BadRequestError, ConvoyError, SettingsError
-from app.settings import Settings, flag_of, variable_of
+from app.settings import API_KEY_VARIABLE, Settings, flag_of, variable_of
+
+if TYPE_CHECKING:  # loaded when a command needs them
+    from app.offline import Classifier
+    from app.remote import RemoteClassifier
+
+log = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -54,10 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     predict = commands.add_parser(
-        "predict", help="classify image files without a server", description="Classify image files, without a server."
+        "predict",
+        help="classify image files",
+        description="Classify image files, without a server, or by one with --url.",
     )
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     predict.add_argument("--model", help="which model; default: the default model")
+    predict.add_argument(
+        "--url", help="ask the service there, with the key in CONVOY_API_KEY if it is set; default: no service"
+    )
     predict.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image (default: 5)")
     predict.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     _add_settings(predict, PREDICT_SETTINGS)
@@ -128,6 +139,10 @@ def _serve(options: argparse.Namespace) -> NoReturn:
 
     settings = _settings(options)
     logs.configure(settings.log_format, settings.log_level)
+    if API_KEY_VARIABLE in os.environ and not settings.keys:
+        log.warning(
+            "%s is a client's key and protects nothing here: a service reads %s", API_KEY_VARIABLE, "CONVOY_KEYS"
+        )
     workers.serve(settings)
     # All is answered and said. A decode or a load that is stuck in native code would hold up the interpreter's own end,
     # or make it abort: neither may turn a clean drain into a crash.
@@ -136,17 +151,29 @@ def _serve(options: argparse.Namespace) -> NoReturn:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from app.offline import Classifier, image_files
+    from app.offline import image_files
     from app.terminal import print_json, print_table
 
     if options.top_k < 1:
         raise BadRequestError(f"--top-k cannot be {options.top_k}: at least one class is shown.")
     files = image_files(options.images)
-    classifier = Classifier(_settings(options), options.model)
-    answers = classifier.classify(files, options.top_k)
+    answers = _classifier(options).classify(files, options.top_k)
     show = print_json if options.json else print_table
     failures = show(answers, len(files))
     return 1 if failures else 0
+
+
+def _classifier(options: argparse.Namespace) -> "Classifier | RemoteClassifier":
+    if options.url is None:
+        from app.offline import Classifier
+
+        return Classifier(_settings(options), options.model)
+    from app.remote import RemoteClassifier
+
+    for name in PREDICT_SETTINGS:
+        if hasattr(options, f"setting_{name}"):
+            raise BadRequestError(f"{flag_of(name)} is for predictions without a server: leave it out, or --url.")
+    return RemoteClassifier(options.url, options.model, os.environ.get(API_KEY_VARIABLE))
 
 
 def _key(options: argparse.Namespace) -> int:

@@ -25,6 +25,12 @@ def usable_cpus(root: Path = CGROUP_ROOT, own_groups: Path = OWN_GROUPS) -> int:
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
+def share_of_cpus(workers: int) -> int:
+    """Return the number of processors to plan for in one of so many processes: at least 1; 0: a process for each."""
+    usable = usable_cpus()
+    return max(1, usable // (workers or usable))
+
+
 def cgroup_quota(root: Path = CGROUP_ROOT, own_groups: Path = OWN_GROUPS) -> float | None:
     """Return the CPU quota in processors (1.5 = one and a half), or None where there is none.
 

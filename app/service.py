@@ -10,16 +10,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from app import runtime
-from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, url_of
+from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
 from app.admission import Admission, Limits
 from app.board import Board
-from app.cpus import usable_cpus
+from app.cpus import share_of_cpus
 from app.engine import LocalEngine
 from app.errors import ConvoyError, SettingsError
 from app.http.application import create_app
@@ -36,6 +36,9 @@ from app.repository import Repository, State
 from app.settings import Settings
 from app.tls import certificate_of, options
 from app.versions import Selection, default_of, find_models, folders_in
+
+if TYPE_CHECKING:
+    from app.grpc.server import Front
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ class Service:
         runtime.check_wheels(runtime.installed_wheels())
         forbid_pillow_guesses()
         self.settings = settings
-        self.cpus = usable_cpus()
+        self.cpus = share_of_cpus(settings.workers)
         self.draining = False
         self.fault: SettingsError | None = None
         self.metrics = metrics or Metrics()
@@ -134,6 +137,7 @@ class Service:
             access_log=settings.access_log,
             lifespan=self._lifespan,
         )
+        self.grpc = self._grpc_front() if settings.grpc_port else None
 
     def why_not_ready(self) -> str:
         """Return why the service should get no traffic, or an empty string."""
@@ -153,6 +157,8 @@ class Service:
     def show(self) -> None:
         """Show in the page that the event loop turns, and in which state models and process are."""
         self.page.beat()
+        if self.grpc is not None:
+            self.grpc.show(not self.why_not_ready())
         models = {entry.name: entry.state.value for entry in self.repository.entries.values()}
         shown = self.state(), {"reason": self.why_not_ready(), "models": models, **self.operations.note}
         if shown != self._shown:
@@ -167,6 +173,8 @@ class Service:
         loader.start()
         yield
         self.operations.close()
+        if self.grpc is not None:
+            await self.grpc.drained()
         await asyncio.to_thread(self.repository.close)
         self.engine.close()
         log.info("stopped")
@@ -187,6 +195,24 @@ class Service:
         else:
             log.info("ready", extra={"default_model": self.repository.default, "cpus": self.cpus})
         self.operations.run()
+
+    def _grpc_front(self) -> "Front":
+        try:
+            from app.grpc.server import create_front
+        except ModuleNotFoundError as error:
+            raise SettingsError(
+                f"grpc_port needs the extra grpc, of which {error.name} is missing: pip install 'convoy-serve[grpc]'."
+            ) from None
+        return create_front(
+            engine=self.engine,
+            repository=self.repository,
+            metrics=self.metrics,
+            keyring=self.keyring,
+            certificate=self.certificate,
+            why_not_ready=self.why_not_ready,
+            operations=self.operations,
+            settings=self.settings,
+        )
 
     def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
         return self._loader.load(name, version, directory, self._loop)
@@ -215,6 +241,7 @@ class Server(uvicorn.Server):
         )
         self.service = service
         self._probe_port = ProbePort(service.probes, probe_port)
+        self._grpc_started = service.grpc is None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections."""
@@ -242,6 +269,9 @@ class Server(uvicorn.Server):
         """Tell, ten times a second, whether to stop."""
         self.service.show()
         self.service.operations.look()
+        if not self._grpc_started and self._grpc_may_start():
+            self._grpc_started = True
+            await self._start_grpc()
         if counter % TICKS_A_SECOND == 0:
             self.service.keyring.refresh()
             if self.service.certificate is not None:
@@ -254,12 +284,16 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing more, answer what was accepted, and stop the service."""
         showing = asyncio.create_task(self._keep_showing())
+        if (grpc := self.service.grpc) is not None:
+            grpc.drain(self.service.settings.drain_timeout_s)
         self._stop_accepting(sockets or [])
         await self._last_requests()
         await super().shutdown(sockets)
         if self.force_exit:
             # The lifespan is cut off as well, which uvicorn would tell at length.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            if grpc is not None:
+                await grpc.cut_off()
         await self._probe_port.__aexit__()
         showing.cancel()
 
@@ -283,6 +317,16 @@ class Server(uvicorn.Server):
             log.error("not all is reloaded", extra={"reason": fault.message})
         else:
             log.info("reloaded")
+
+    def _grpc_may_start(self) -> bool:
+        return True
+
+    async def _start_grpc(self) -> None:
+        try:
+            if self.service.grpc is not None:
+                await self.service.grpc.start()
+        except SettingsError as fault:
+            self.service.fault = fault
 
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
         for server in self.servers:
@@ -362,6 +406,10 @@ class SharingServer(Server):
         log.error("the supervisor is gone: draining")
         self.handle_exit(signal.SIGTERM, None)
 
+    def _grpc_may_start(self) -> bool:
+        # Whoever is still loading would answer UNAVAILABLE where a neighbour can answer.
+        return self.service.page.state is not WriterState.LOADING
+
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
         if self._acceptor is not None:
             self._acceptor.close()
@@ -379,7 +427,11 @@ def serve(settings: Settings) -> None:
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
     service = Service(settings)
-    with listen(settings.host, settings.port) as listener, listen_for_probes(settings) or nullcontext() as probes:
+    with (
+        listen(settings.host, settings.port) as listener,
+        listen_for_probes(settings) or nullcontext() as probes,
+        reserve_for_grpc(settings),
+    ):
         log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
         Server(service, probes).run(sockets=[listener])
     if service.fault is not None:

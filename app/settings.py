@@ -19,6 +19,8 @@ from app.errors import SettingsError
 ENVIRONMENT_PREFIX = "CONVOY_"
 API_KEY_VARIABLE = "CONVOY_API_KEY"
 """The key that commands which ask a service send along; no setting of a service."""
+CLIENT_VARIABLES = frozenset({"CONVOY_URL", API_KEY_VARIABLE})
+"""May be set where a command of the service runs, and say nothing to it: see docs/client.md."""
 
 
 class Settings(BaseModel):
@@ -38,6 +40,12 @@ class Settings(BaseModel):
         ge=0,
         le=65535,
         description="A second port for /livez, /readyz and /metrics, answered also when the first is full; 0: none.",
+    )
+    grpc_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port of the Open Inference Protocol over gRPC (extra grpc); 0: none. Workers share it.",
     )
     workers: int = Field(
         default=1,
@@ -199,7 +207,7 @@ class Settings(BaseModel):
         values: dict[str, Any] = {}
         origin: dict[str, str] = {}
         for variable, value in environment.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX) or variable == API_KEY_VARIABLE:
+            if not variable.startswith(ENVIRONMENT_PREFIX) or variable in CLIENT_VARIABLES:
                 continue
             field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             if field not in cls.model_fields:

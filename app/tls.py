@@ -38,6 +38,8 @@ class Certificate:
         """
         self._certificate, self._key, self._password_file = certificate, key or certificate, password_file
         self._client_ca = client_ca
+        self.pem = (b"", b"")
+        """Key and certificate, in PEM, as they were read last: gRPC wants them so."""
         self._watch = Watch(Path(name) for name in (certificate, key, password_file) if name)
         self.context = self._new_context()
 
@@ -74,6 +76,7 @@ class Certificate:
             context.load_cert_chain(self._certificate, self._key, lambda: password)
         except ssl.SSLError as error:
             raise SettingsError(self._why_not(error, "ENCRYPTED" in key)) from error
+        self.pem = key.encode(), _text_of(self._certificate, "The certificate").encode()
 
     def _why_not(self, error: ssl.SSLError, encrypted: bool) -> str:
         if error.reason == "KEY_VALUES_MISMATCH":

@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from app import logs
-from app.accept import listen, listen_for_probes, url_of
+from app.accept import listen, listen_for_probes, reserve_for_grpc, url_of
 from app.board import Board
 from app.cpus import usable_cpus
 from app.errors import ConvoyError, SettingsError
@@ -65,22 +65,19 @@ def serve(settings: Settings) -> None:
         return
     if not hasattr(os, "memfd_create"):
         raise SettingsError("More than one worker needs Linux: set --workers 1 or CONVOY_WORKERS=1.")
-    with listen(settings.host, settings.port) as listener:
+    with listen(settings.host, settings.port) as listener, reserve_for_grpc(settings):
         Supervisor(settings, count, listener, listen_for_probes(settings)).run()
 
 
 def share_of(settings: Settings, workers: int) -> Settings:
-    """Return one worker's settings: its share of the processors, and of what may be inside the whole service.
+    """Return one worker's settings: its share of what may be inside the whole service.
 
     A share is never smaller than the largest single request, which would otherwise find no worker that may take it.
     """
-    cpus = max(1, usable_cpus() // workers)
     images = math.ceil(settings.max_inflight_images / workers)
     body_bytes = math.ceil(settings.max_inflight_bytes / workers)
     return settings.model_copy(
         update={
-            "sessions": settings.sessions or cpus,
-            "decode_threads": settings.decode_threads or cpus,
             "max_inflight_images": max(images, min(settings.max_images_per_request, settings.max_inflight_images)),
             "max_inflight_bytes": max(body_bytes, min(settings.max_body_bytes, settings.max_inflight_bytes)),
             # An image of any size may come where nothing waits, so a small share refuses nobody for ever.

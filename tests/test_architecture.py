@@ -18,6 +18,8 @@ FLOORS = {
     "app.bench": 11,
     "app.service": 10,
     "app.terminal": 10,
+    "app.grpc": 9,
+    "app.remote": 10,
     "app.http": 9,
     "app.offline": 9,
     "app.v2": 8,
@@ -51,7 +53,7 @@ FLOORS = {
     "app.watch": 0,
     "app": 0,
 }
-PACKAGES = ("app.bench", "app.http", "app.v2")
+PACKAGES = ("app.bench", "app.grpc", "app.http", "app.v2")
 TRAINING_MAY_IMPORT = {"app", "app.cpus", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
 
 
@@ -74,12 +76,12 @@ def imports(path: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
         else:
             continue
-        found.update(name for name in names if name.split(".")[0] not in ("app", "training"))
+        found.update(name for name in names if name.split(".")[0] not in ("app", "convoy", "training"))
         found.update(name for name in names if name in ALL)
     return found
 
 
-ALL = modules("app") | modules("training")
+ALL = modules("app") | modules("convoy") | modules("training")
 
 
 def room(module: str) -> str:
@@ -109,6 +111,20 @@ def test_app_never_imports_training_or_torch(module):
 def test_training_uses_only_the_shared_rooms_of_app(module):
     used = {name for name in imports(ALL[module]) if name in modules("app")}
     assert used <= TRAINING_MAY_IMPORT
+
+
+@pytest.mark.parametrize("module", modules("convoy"))
+def test_the_client_stands_alone(module):
+    """It goes into programs that have nothing of the service: httpx is all it may bring along."""
+    imported = imports(ALL[module])
+    assert not {name for name in imported if name in modules("app") or name in modules("training")}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names | {"convoy", "httpx", "numpy", "PIL"}
+    assert "httpx" not in imported or module in ("convoy.aio", "convoy.client", "convoy.wire")
+
+
+@pytest.mark.parametrize("module", modules("app"))
+def test_only_one_room_asks_a_service_through_the_client(module):
+    assert not imports(ALL[module]) & set(modules("convoy")) or module == "app.remote"
 
 
 @pytest.mark.parametrize("module", ALL)
@@ -154,6 +170,17 @@ def test_nothing_happens_at_import(tmp_path):
         check=True,
     )
     assert json.loads(result.stdout) == {"changed": [], "handlers": 0, "heavy": [], "written": []}
+
+
+def test_importing_the_client_is_light(tmp_path):
+    code = "import convoy, json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(result.stdout))
+    assert {"convoy", "httpx"} <= loaded
+    assert not loaded & {"app", "training", "numpy", "PIL", "pydantic", "fastapi", "starlette", "onnxruntime", "torch"}
 
 
 def test_serving_never_loads_torch_or_training(server):

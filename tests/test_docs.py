@@ -12,6 +12,7 @@ from app.settings import Settings, variable_of
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+PROTOCOLS = (ROOT / "docs/protocols.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
 
 
@@ -26,7 +27,7 @@ def test_every_route_has_its_row(server):
     documented = {
         f"{method} {path}" for path, methods in paths.items() for method in (name.upper() for name in methods)
     }
-    rows = set(re.findall(r"^\| `((?:GET|POST) /[^`]*)` \|", README, re.MULTILINE)) - {"GET /docs"}
+    rows = set(re.findall(r"^\| `((?:GET|POST) /[^`]*)` \|", README + PROTOCOLS, re.MULTILINE)) - {"GET /docs"}
     assert rows == documented
 
 
@@ -38,7 +39,7 @@ def test_every_series_has_its_row():
     assert set(re.findall(r"^\| `(convoy_\w+)` \|", METRICS, re.MULTILINE)) == expected
 
 
-@pytest.mark.parametrize("package", ["app", "training"])
+@pytest.mark.parametrize("package", ["app", "convoy", "training"])
 def test_every_module_is_on_the_map(package):
     rooms = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
     assert {room for room in rooms if f"`{room}`" not in ARCHITECTURE} == set()

@@ -1,14 +1,11 @@
 """Export: a network in, a proven bundle out, or one sentence and nothing.
 
-Owns the graph and the proof that it answers as the network does. The order is the point: graph, comparison on real
+Owns the proof that the graph answers as the network does. The order is the point: graph, comparison on real
 images, golden set, bundle, proof of the bundle, and only then its place under `models/`.
 """
 
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +23,10 @@ from training.data import Split
 from training.errors import ExportError
 from training.evaluate import measure_figures
 from training.golden import choose_golden
+from training.graphs import OPSET, make_graph
 from training.listing import Picture
 from training.servable import Servable
 
-OPSET = 18
 LARGEST_DIFFERENCE = 1e-4
 """Of any probability between PyTorch and ONNX Runtime. Measured on real images: 6e-7 and 1.1e-6 for the two models."""
 GOLDEN_TOLERANCE = 1e-4
@@ -131,27 +128,8 @@ def write_graph(servable: Servable, pixels: PixelRecipe, path: Path) -> None:
         ExportError: the network cannot be expressed as a graph.
     """
     example = torch.zeros(2, pixels.height, pixels.width, 3, dtype=torch.uint8)
-    servable.cpu().eval()
-    try:
-        with _quiet_exporter():
-            program = torch.onnx.export(
-                servable,
-                (example,),
-                input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                dynamic_shapes=({0: torch.export.Dim("n")},),
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"The network cannot be exported: {str(error).splitlines()[0]}") from error
-    if program is None:
-        raise ExportError("The network cannot be exported: PyTorch returned no graph.")
-    model = program.model_proto
-    _strip(model)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    graph = make_graph(servable, {INPUT_NAME: example}, OUTPUT_NAME, {INPUT_NAME: ("n", None, None, None)})
+    onnx.save(graph, path)
 
 
 def compare(reference: Run, candidate: Run, split: Split) -> float:
@@ -187,36 +165,3 @@ def next_version(models_dir: Path, name: str) -> str:
 def spread(images: NDArray[np.uint8], most: int) -> NDArray[np.uint8]:
     """Take up to `most` images at even distances: data sets are sorted by class."""
     return np.asarray(images[np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)])
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence what a user cannot mend: deprecations inside the exporter, and its log of torchvision's absence."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes for its developers: stack traces with this machine's paths, names of scopes."""
-    del model.metadata_props[:]
-    model.doc_string = model.graph.doc_string = ""
-    del model.graph.metadata_props[:]
-    entries: Sequence[Any] = [
-        *model.graph.node,
-        *model.graph.initializer,
-        *model.graph.value_info,
-        *model.graph.input,
-        *model.graph.output,
-    ]
-    for entry in entries:
-        entry.doc_string = ""
-        del entry.metadata_props[:]
-    del model.graph.value_info[:]
-    del model.functions[:]

@@ -20,8 +20,9 @@ from app.bench.requests import Endpoint
 from app.bench.samples import UNANSWERED, Samples
 from app.bench.ticker import Ticker
 
-RECONNECT_S = 0.1
-"""A closed-loop client whose connection failed comes back after this: a service that is gone is not hammered."""
+RETURN_S = 0.1
+"""A closed-loop client whose connection failed, or that was refused without Retry-After, comes back after this: a
+service that is gone or full is not hammered."""
 CONNECT_TIMEOUT_S = 5.0
 HEARTBEAT_S = 0.01
 
@@ -30,9 +31,9 @@ HEARTBEAT_S = 0.01
 class Plan:
     """One run of load.
 
-    `rate` None is the closed loop: each of `connections` sends its next request when the answer is there. Otherwise
-    `rate` requests are due each second, whatever the service does, over at most `connections`; a latency counts from
-    the moment at which its request was due.
+    `rate` None is the closed loop: each of `connections` sends its next request when the answer is there, or after a
+    refusal (429) when Retry-After says so. Otherwise `rate` requests are due each second, whatever the service does,
+    over at most `connections`; a latency counts from the moment at which its request was due.
     """
 
     endpoint: Endpoint
@@ -137,6 +138,8 @@ class Connection(asyncio.Protocol):
         self._transport: Any = None  # uvloop's transports are no asyncio.Transport
         self._due = 0.0
         self.busy = False
+        self.not_before = 0.0
+        """When the service wants to see this client again, by the monotonic clock."""
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def send(self, request: bytes, due: float) -> None:
@@ -144,7 +147,7 @@ class Connection(asyncio.Protocol):
         self.busy = True
         self._due = due
         self._timing = b""
-        self._retry_after = False
+        self._retry_after: bytes | None = None
         self._body = b""
         self._transport.write(request)
 
@@ -182,7 +185,7 @@ class Connection(asyncio.Protocol):
             case b"server-timing":
                 self._timing = value
             case b"retry-after":
-                self._retry_after = True
+                self._retry_after = value
 
     def on_body(self, data: bytes) -> None:
         """Keep what a refusal says, if it is the first of its kind."""
@@ -199,8 +202,10 @@ class Connection(asyncio.Protocol):
         samples.add(self._due, status)
         if status != 200:
             samples.keep_body(status, self._body)
+        if status == 429:
+            self.not_before = time.monotonic() + _pause_s(self._retry_after)
         if self._due >= self._count_from:
-            samples.retry_after += status == 429 and self._retry_after
+            samples.retry_after += status == 429 and self._retry_after is not None
             if self._timing and status == 200:
                 samples.add_stages(self._timing)
         if self._parser.should_keep_alive():
@@ -215,7 +220,7 @@ class Connection(asyncio.Protocol):
 
 
 class _ClosedLoop:
-    """As many clients as connections; each sends its next request when its answer is there."""
+    """As many clients as connections; each sends its next request when its answer is there, and it may come again."""
 
     held_back = 0
 
@@ -241,16 +246,22 @@ class _ClosedLoop:
         await _end(self._clients)
 
     def ready(self, connection: Connection) -> None:
-        """Send the next request."""
+        """Send the next request, now or when the service wants to see this client again."""
         now = time.monotonic()
-        if self._going and now < self._end:
-            connection.send(next(self._requests), now)
-        else:
+        if not self._going or max(now, connection.not_before) >= self._end:
             connection.close()
+        elif now < connection.not_before:
+            asyncio.get_running_loop().call_later(connection.not_before - now, self._again, connection)
+        else:
+            connection.send(next(self._requests), now)
 
     def lost(self, connection: Connection) -> None:
         """Forget the connection; its client opens another."""
         self._connections.discard(connection)
+
+    def _again(self, connection: Connection) -> None:
+        if connection in self._connections:  # else its client waits for the moment by itself
+            self.ready(connection)
 
     async def _client(self) -> None:
         while self._going and (due := time.monotonic()) < self._end:
@@ -258,12 +269,13 @@ class _ClosedLoop:
                 connection = await _connect(self._plan.endpoint, self._samples, self, self._begin)
             except OSError as error:
                 self._samples.add_failure(due, reason_of(error))
-                await asyncio.sleep(RECONNECT_S)
+                await asyncio.sleep(RETURN_S)
                 continue
             self._connections.add(connection)
             self.most_open = max(self.most_open, len(self._connections))
             self.ready(connection)
             await connection.closed
+            await asyncio.sleep(connection.not_before - time.monotonic())
 
 
 class _OpenLoop:
@@ -437,6 +449,11 @@ async def _first_of(*what: Coroutine[Any, Any, Any]) -> None:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _pause_s(retry_after: bytes | None) -> float:
+    """Return how long a refused client stays away; a date instead of seconds counts as nothing said."""
+    return float(retry_after[:9]) if retry_after is not None and retry_after.isdigit() else RETURN_S
 
 
 def reason_of(error: Exception) -> str:

@@ -20,13 +20,16 @@ HELD_SHARE = 0.99
 TARGET_SHARE = 0.8
 """Of the sustainable rate, at which the concurrency for autoscaling is taken: a new replica needs time to come up."""
 SURVIVING = 0.25
-FINALISTS = 2
+FINALISTS = 3
 COARSE_S = 1.5
 COARSE_CONNECTIONS = 16
-COARSE_BUDGET = 0.6
-"""Of the budget, for the ranking; the rest is for the finalists' rates."""
-RESERVE = 0.15
-"""Of the budget, for confirming the rate and for the concurrency."""
+COARSE_BUDGET = 0.45
+"""Of the budget, for the ranking."""
+RESERVE = 0.2
+"""Of the budget, for confirming rates and for the concurrency; what is between is for the finalists' rates."""
+MOST_CONFIRMATIONS = 8
+STEP_DOWN = 0.95
+"""Times its rate, where a finalist did not keep the limit in the longer run."""
 PROBE_REQUESTS = 400
 """An open-loop probe lasts at least until so many requests were due: a p99 of fewer is chance."""
 PROBE_S = (3.0, 12.0)
@@ -100,16 +103,32 @@ class Trial:
         return self.share_within >= HELD_SHARE
 
 
+def settings_of(candidate: Candidate, limit_ms: float) -> Candidate:
+    """Return all that a service for this limit is started with: whoever would wait longer than that is turned away."""
+    return {**candidate, "queue_target_ms": limit_ms}
+
+
 class Measure(Protocol):
     """Puts load on the service with a candidate's settings; SettingsError where they are impossible."""
 
     def closed(self, candidate: Candidate, connections: int, seconds: float) -> Trial:
-        """Measure with so many connections, each sending when its answer is there."""
+        """Measure with so many connections, each sending when its answer is there; however long the queue takes."""
         ...
 
     def open(self, candidate: Candidate, rate: float, seconds: float) -> Trial:
-        """Measure at so many requests a second."""
+        """Measure at so many requests a second, with all of `settings_of`."""
         ...
+
+
+@dataclass(slots=True)
+class Finalist:
+    """A candidate whose rate within the limit was looked for."""
+
+    candidate: Candidate
+    rate: float
+    """Requests per second at which the limit was kept, as far as is known; 0: none was found."""
+    confirmed: bool = False
+    """Whether a second, longer run at that rate kept it too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +155,19 @@ class Search:
     clock: Callable[[], float] = time.monotonic
     tell: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
-    best: Candidate | None = None
-    sustainable_per_s: float = 0.0
-    """Highest rate at which the limit was kept; 0: none was found."""
-    confirmed: bool = False
-    """Whether a second, longer run at that rate kept it too."""
+    finalists: list[Finalist] = field(default_factory=list)
     concurrency: Concurrency | None = None
     _begun: float = 0.0
+
+    @property
+    def winner(self) -> Finalist | None:
+        """The finalist of the highest rate; None while no rate was found."""
+        return max((each for each in self.finalists if each.rate), key=lambda each: each.rate, default=None)
+
+    @property
+    def best(self) -> Candidate | None:
+        """The winner's part of the settings that are searched."""
+        return self.winner.candidate if self.winner else None
 
     @property
     def untried(self) -> int:
@@ -150,23 +175,22 @@ class Search:
         return sum(candidate not in [trial.candidate for trial in self.trials] for candidate in self.candidates)
 
     def run(self) -> None:
-        """Rank by throughput, then find the rate of the best two, confirm the better one, and take its concurrency."""
+        """Rank by throughput, find the rates of the best few, confirm, and take the winner's concurrency."""
         self._begun = self.clock()
-        finalists = self._ranked()
-        until = [self._at(COARSE_BUDGET + (1 - RESERVE - COARSE_BUDGET) * part) for part in (0.5, 1.0)]
-        rates = [self._highest_rate(trial, deadline) for trial, deadline in zip(finalists, until, strict=False)]
-        if not any(rates):
+        ranked = self._ranked()
+        for place, trial in enumerate(ranked, 1):
+            share = COARSE_BUDGET + (1 - RESERVE - COARSE_BUDGET) * place / len(ranked)
+            self.finalists.append(Finalist(trial.candidate, self._highest_rate(trial, self._at(share))))
+        self._confirm()
+        if (winner := self.winner) is None:
             return
-        self.sustainable_per_s = max(rates)
-        self.best = finalists[rates.index(self.sustainable_per_s)].candidate
-        self._confirm(self.best)
-        rate = TARGET_SHARE * self.sustainable_per_s
-        trial = self._open(self.best, rate, self._probe_s(rate))
+        rate = TARGET_SHARE * winner.rate
+        trial = self._open(winner.candidate, rate, self._probe_s(rate))
         if trial.mean_ms is not None:
             self.concurrency = Concurrency(rate, trial.mean_ms)
 
     def _ranked(self) -> list[Trial]:
-        """Return the best two's latest closed-loop trials, by successive halving: fewer candidates, longer runs."""
+        """Return the finalists' latest closed-loop trials, by successive halving: fewer candidates, longer runs."""
         seconds, share = min(COARSE_S, RUN_BUDGET * self.budget_s), 0.7 * COARSE_BUDGET
         first = self._closed(self.candidates[0], COARSE_CONNECTIONS, seconds)
         # So many requests are inside when the limit is just met (Little's law): that is the load to rank at.
@@ -208,16 +232,19 @@ class Search:
             rate = (low + high) / 2
         return low
 
-    def _confirm(self, best: Candidate) -> None:
-        """Measure the found rate again, twice as long; where chance had helped, go down by a twentieth at a time."""
-        for _ in range(4):
-            rate = self.sustainable_per_s
-            if self._open(best, rate, 2 * self._probe_s(rate)).holds:
-                self.confirmed = True
+    def _confirm(self) -> None:
+        """Measure the highest rate of all again, twice as long, until one holds; where chance had helped, it goes down.
+
+        So the winner's rate has held twice, and no other finalist's is higher: one that was lucky falls behind them.
+        """
+        for _ in range(MOST_CONFIRMATIONS):
+            first = self.winner
+            if first is None or self.clock() > self._at(1.0):
                 return
-            self.sustainable_per_s = 0.95 * rate
-            if self.clock() > self._at(1.0):
+            if self._open(first.candidate, first.rate, 2 * self._probe_s(first.rate)).holds:
+                first.confirmed = True
                 return
+            first.rate *= STEP_DOWN
 
     def _closed(self, candidate: Candidate, connections: int, seconds: float) -> Trial:
         try:

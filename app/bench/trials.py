@@ -9,7 +9,7 @@ from typing import Literal, Self
 from app.bench.load import Plan, new_runner, run_load
 from app.bench.report import Report
 from app.bench.requests import Endpoint, build_requests
-from app.bench.search import Candidate, Trial
+from app.bench.search import Candidate, Trial, settings_of
 from app.bench.server import serving
 from app.manifest import Bundle
 
@@ -19,7 +19,7 @@ PATIENCE_S = 2.0
 
 
 class Trials:
-    """Measures candidates; keeps one service running, the last candidate's, until another one's turn."""
+    """Measures candidates; keeps one service running until other settings have their turn."""
 
     def __init__(self, bundle: Bundle, images: Sequence[bytes], limit_ms: float) -> None:
         self._bundle = bundle
@@ -27,7 +27,7 @@ class Trials:
         self._limit_ms = limit_ms
         self._here = ExitStack()
         self._service = ExitStack()
-        self._candidate: Candidate | None = None
+        self._settings: Candidate | None = None
         self._endpoint = Endpoint("", 0, "")
 
     def __enter__(self) -> Self:
@@ -45,13 +45,13 @@ class Trials:
         self._here.close()
 
     def closed(self, candidate: Candidate, connections: int, seconds: float) -> Trial:
-        """Measure with so many connections, each sending when its answer is there."""
-        report = self._load(candidate, connections, None, seconds)
+        """Measure with so many connections, each sending when its answer is there; however long the queue takes."""
+        report = self._load({**candidate, "queue_target_ms": 0.0}, connections, None, seconds)
         return self._trial(candidate, "closed", connections, report)
 
     def open(self, candidate: Candidate, rate: float, seconds: float) -> Trial:
-        """Measure at so many requests a second."""
-        report = self._load(candidate, OPEN_CONNECTIONS, rate, seconds)
+        """Measure at so many requests a second, with all of `settings_of`."""
+        report = self._load(settings_of(candidate, self._limit_ms), OPEN_CONNECTIONS, rate, seconds)
         return self._trial(candidate, "open", rate, report)
 
     def _trial(self, candidate: Candidate, loop: Literal["closed", "open"], asked: float, report: Report) -> Trial:
@@ -66,13 +66,13 @@ class Trials:
             share_within=report.share_within(self._limit_ms),
         )
 
-    def _load(self, candidate: Candidate, connections: int, rate: float | None, seconds: float) -> Report:
-        if candidate != self._candidate:
+    def _load(self, settings: Candidate, connections: int, rate: float | None, seconds: float) -> Report:
+        if settings != self._settings:
             self._service.close()
-            self._candidate = None
+            self._settings = None
             model = {"default_model": self._bundle.manifest.name}
-            server = self._service.enter_context(serving(self._models, model | dict(candidate)))
-            self._candidate = candidate
+            server = self._service.enter_context(serving(self._models, model | dict(settings)))
+            self._settings = settings
             self._endpoint = Endpoint.of(server.url)
         plan = Plan(
             self._endpoint,

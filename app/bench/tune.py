@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.bench.flags import check_folder, number, write_text
-from app.bench.search import TARGET_SHARE, Candidate, Search, Trial, Value, candidates
+from app.bench.search import TARGET_SHARE, Candidate, Search, Trial, Value, candidates, settings_of
 from app.cpus import machine, usable_cpus
 from app.settings import Settings
 
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="", help="which model; default: the default model")
     parser.add_argument(
-        "--budget-s", type=number(5, 86_400), default=180.0, metavar="S", help="time for the search (default: 180)"
+        "--budget-s", type=number(5, 86_400), default=240.0, metavar="S", help="time for the search (default: 240)"
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="write a file for convoy serve --settings FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was tried: .svg or .png")
@@ -97,20 +97,20 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def table(search: Search) -> Table:
-    """Return what each candidate did: its last closed loop, and the highest rate that kept the limit."""
+    """Return what each candidate did: its last closed loop, and a finalist's rate within the limit."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     names = list(search.candidates[0])
     for name in names:
         shown.add_column(name, justify="right")
     for name in ("closed loop/s", "p99 ms", f"open loop/s with p99 ≤ {search.limit_ms:g} ms"):
         shown.add_column(name, justify="right")
+    finalists = {_key(each.candidate): each for each in search.finalists}
     last = {_key(trial.candidate): trial for trial in search.trials if trial.loop == "closed"}
     for trial in sorted(last.values(), key=lambda trial: -trial.requests_per_s):
-        probes = [each for each in search.trials if each.loop == "open" and each.candidate == trial.candidate]
-        kept = max((probe.asked for probe in probes if probe.holds), default=0.0)
-        best = trial.candidate == search.best
-        if best:
-            kept = search.sustainable_per_s
+        finalist = finalists.get(_key(trial.candidate))
+        kept = ""
+        if finalist is not None:
+            kept = f"{finalist.rate:,.1f}{' ✓' if finalist.confirmed else '  '}" if finalist.rate else "none"
         shown.add_row(
             *(
                 f"{trial.candidate[name]:g}" if _is_number(trial.candidate[name]) else str(trial.candidate[name])
@@ -118,8 +118,8 @@ def table(search: Search) -> Table:
             ),
             trial.fault or f"{trial.requests_per_s:,.1f}",
             f"{trial.p99_ms:,.1f}" if trial.p99_ms is not None else "",
-            f"{kept:,.1f}" if kept else ("none" if probes else ""),
-            style="bold" if best else None,
+            kept,
+            style="bold" if trial.candidate == search.best else None,
         )
     return shown
 
@@ -127,12 +127,10 @@ def table(search: Search) -> Table:
 def sentences(search: Search) -> list[str]:
     """Return what the search found, and what limits it."""
     said = []
-    if search.best is not None:
-        chosen = ", ".join(f"{name} {value}" for name, value in search.best.items())
-        said.append(
-            f"Sustainable: {search.sustainable_per_s:,.1f} requests/s with p99 ≤ {search.limit_ms:g} ms: {chosen}."
-        )
-        if not search.confirmed:
+    if (winner := search.winner) is not None:
+        chosen = ", ".join(f"{name} {value}" for name, value in winner.candidate.items())
+        said.append(f"Sustainable: {winner.rate:,.1f} requests/s with p99 ≤ {search.limit_ms:g} ms: {chosen}.")
+        if not winner.confirmed:
             said.append("A longer run at that rate did not keep the limit, or the budget did not allow one: take less.")
     elif search.trials:
         said.append(
@@ -151,14 +149,14 @@ def sentences(search: Search) -> list[str]:
 
 
 def settings_file(search: Search, bundle: "Bundle") -> str:
-    """Return the text of a settings file with the best candidate, and where it comes from."""
+    """Return the text of a settings file with the best candidate and the limit, and where they come from."""
     assert search.best is not None
     here = machine()
     lines = [
         f"# convoy tune, {time.strftime('%Y-%m-%d')}: {bundle.manifest.name} version {bundle.manifest.version}",
         f"# on {here['cpu']}, {here['usable_cpus']} usable processors.",
         *(f"# {sentence}" for sentence in sentences(search)),
-        *(f"{name} = {_toml(value)}" for name, value in search.best.items()),
+        *(f"{name} = {_toml(value)}" for name, value in settings_of(search.best, search.limit_ms).items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -180,8 +178,9 @@ def _document(search: Search, bundle: "Bundle") -> dict[str, Any]:
         "model": {"name": bundle.manifest.name, "version": bundle.manifest.version},
         "p99_ms": search.limit_ms,
         "best": search.best,
-        "sustainable_per_s": search.sustainable_per_s,
-        "confirmed": search.confirmed,
+        "sustainable_per_s": search.winner.rate if search.winner else 0.0,
+        "confirmed": search.winner is not None and search.winner.confirmed,
+        "finalists": [asdict(finalist) for finalist in search.finalists],
         "concurrency": asdict(search.concurrency) | {"in_flight": search.concurrency.in_flight}
         if search.concurrency
         else None,

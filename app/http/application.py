@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
 from app import __version__
 from app.engine import Engine
-from app.http import errors, health, models, predict, v2
+from app.http import errors, health, models, predict, torchserve, v1, v2
 from app.http.auth import Guard
 from app.http.bodies import BodyLimits
 from app.http.observe import Observe
@@ -51,6 +51,8 @@ def create_app(
     routers = [
         predict.routes(predictor),
         v2.routes(engine, repository, metrics, probes, inferrer),
+        v1.routes(engine, repository, limits, request_timeout_ms),
+        torchserve.routes(engine, probes, limits, request_timeout_ms),
         models.routes(repository, operations),
         health.routes(probes),
     ]
@@ -58,9 +60,14 @@ def create_app(
         app.include_router(router)
 
     @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse("/docs")
+    async def root(request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return RedirectResponse("/docs")
+        return JSONResponse({"status": "alive"})  # KServe's client asks here, in its first protocol
 
-    front = predict.Front(v2.Front(app, inferrer), predictor)
-    guard = Guard(front, keyring, [route for router in routers for route in router.routes])
+    guard = Guard(
+        predict.Front(v2.Front(app, inferrer), predictor),
+        keyring,
+        [route for router in routers for route in router.routes],
+    )
     return Observe(guard, metrics, access_log)

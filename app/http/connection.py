@@ -121,8 +121,8 @@ class Connection(HttpToolsProtocol):
             return
         lines = [STATUS_LINE[status]]
         for name, value in self.server_state.default_headers:
-            if name == b"connection":  # the service drains, and closes each connection with its answer
-                cycle.keep_alive = False
+            if name == b"connection":  # the service drains, and closes each connection with its last answer
+                cycle.keep_alive = cycle.keep_alive and bool(self.pipeline)
             else:
                 lines += (name, b": ", value, b"\r\n")
         if not cycle.keep_alive:

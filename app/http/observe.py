@@ -29,7 +29,7 @@ _ID_START = secrets.token_hex(10)
 _ids = itertools.count()
 _FAILED_INSIDE = frozenset({500, 504})
 """Statuses of requests that were admitted: not refusals, so not in `convoy_rejected_total`."""
-_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+_QUIET = frozenset({"/livez", "/readyz", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
 _INTERNAL_ERROR = json.dumps(
     {"error": "Something broke inside; the log has it under this request's id.", "code": "internal"}
 ).encode()

@@ -44,7 +44,7 @@ TimeoutMs = Annotated[
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _FORM = {"schema": {"type": "object", "properties": {"file": _FILES}}}
-_BODY = {
+IMAGE_BODY = {
     "required": True,
     "description": "One image as raw bytes; or a form with one or more files; or base64 in JSON.",
     "content": {
@@ -201,7 +201,7 @@ def routes(predictor: Predictor) -> APIRouter:
     documented: dict[str, Any] = {
         "response_model": PredictResponse,
         "responses": _ERRORS,
-        "openapi_extra": {"requestBody": _BODY},
+        "openapi_extra": {"requestBody": IMAGE_BODY},
     }
 
     @router.post(ROUTE, summary="Classify with the default model", **documented)

@@ -255,9 +255,7 @@ def _with_data(inputs: Sequence[Mapping[str, Any]], rest: memoryview | None) -> 
         if rest is None:
             raise BadRequestError(f"{where} has binary_data_size, but Inference-Header-Content-Length is not sent.")
         if size > len(rest) - at:
-            raise BadRequestError(
-                f"{where} has binary_data_size {size:,}, but {len(rest) - at:,} bytes are left for it."
-            )
+            raise BadRequestError(f"{where} has a binary_data_size beyond the {len(rest) - at:,} bytes left for it.")
         tensor.data = rest[at : at + size]
         at += size
     if rest is not None and at != len(rest):

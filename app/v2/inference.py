@@ -27,6 +27,7 @@ MAX_SIZE = 2**63 - 1
 MAX_MICROSECONDS = 10**12
 SLOW_ELEMENTS, SLOW_BYTES = 20_000, 1_000_000
 """More values, or bytes of strings, are turned into arrays off the event loop: 20,000 take 2 ms."""
+_OF_STREAMS = "triton_enable_empty_final_response"
 _SHARED_MEMORY = "shared_memory_region"
 
 
@@ -134,7 +135,7 @@ def _apply(parameters: Mapping[str, Any], ticket: Ticket) -> None:
     for name, value in parameters.items():
         if not isinstance(value, bool | int | float | str):
             raise BadRequestError(f"The parameter '{name[:80]}' must be a string, a number or a bool.")
-        if name.startswith("triton_"):
+        if name.startswith("triton_") and name != _OF_STREAMS:
             raise BadRequestError(
                 f"The parameter '{name[:80]}' is refused: names that start with triton_ are reserved."
             )

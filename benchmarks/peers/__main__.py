@@ -40,7 +40,7 @@ from benchmarks.peers.servers import Launch, PeerError, convoy, end_servers_when
 
 RESULTS = ROOT / "benchmarks/results/peers.json"
 PYTHON = ROOT / ".venv-peers/bin/python"
-PACKAGES = ("litserve", "mosec", "nvidia-pytriton", "onnxruntime", "pillow", "numpy")
+PACKAGES = ("litserve", "mosec", "nvidia-pytriton", "onnxruntime", "pillow", "simplejpeg", "numpy")
 TURNS = 3
 SECONDS = 8.0
 WARM_UP_S = 2.0

@@ -117,13 +117,49 @@ def test_what_is_not_accepted_is_told_apart():
             await asyncio.sleep(0.001)
         return (OK, FULL % b"Retry-After: 1\r\n", FULL % b"", BROKEN, b"")[count % 5]
 
-    report = load(mixed, connections=1, warm_up_s=0.0)
+    report = load(mixed, connections=1, warm_up_s=0.0, rate=200.0)
     assert total(report) == report.due
     assert min(report.accepted, report.rejected, report.statuses[500]) > 0
     assert report.errors.keys() == {"closed before the answer was whole"}
     assert 0 < report.rejected_with_retry_after < report.rejected
     assert report.first_bodies == {429: "full", 500: "oops"}
     assert 0.15 < report.share_within(10_000) < 0.25
+
+
+@pytest.mark.parametrize("ending", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+def test_a_closed_loop_comes_back_when_it_is_told_to(ending):
+    """Each client is refused once and stays away for the rest of the run, whether or not its connection stays."""
+
+    async def full(_):
+        return FULL % (b"Retry-After: 30\r\n" + ending)
+
+    report = load(full, connections=3, warm_up_s=0.0, seconds=0.5)
+    assert report.rejected == report.due == report.rejected_with_retry_after == 3
+
+
+@pytest.mark.parametrize("header", [b"", b"Retry-After: Fri, 31 Dec 1999 23:59:59 GMT\r\n"], ids=["none", "date"])
+def test_a_closed_loop_hammers_nobody_who_does_not_say_when_to_come_back(header):
+    async def full(_):
+        return FULL % header
+
+    report = load(full, connections=2, warm_up_s=0.0, seconds=0.55)
+    assert 2 * 2 <= report.rejected <= 2 * 6
+
+
+def test_a_closed_loop_goes_on_after_its_pause():
+    async def first_full(count):
+        return FULL % b"Retry-After: 0\r\n" if count < 2 else OK
+
+    report = load(first_full, connections=2, warm_up_s=0.0)
+    assert report.rejected == 2 and report.accepted > 2
+
+
+def test_an_open_loop_is_traffic_that_no_refusal_slows_down():
+    async def full(_):
+        return FULL % b"Retry-After: 30\r\n"
+
+    report = load(full, rate=100.0, warm_up_s=0.0)
+    assert report.rejected == report.due == pytest.approx(30, abs=1)
 
 
 def test_an_answer_that_is_not_http_is_an_error():

@@ -9,6 +9,8 @@ import pytest
 from app import __version__, cli
 from app.settings import Settings, flag_of
 from tests.bundles import COLOURS, make_bundle, plain_image
+from tests.convoy.scripted import answer, fault, prediction, scripted
+from tests.servers import convoy
 
 
 @pytest.fixture
@@ -113,6 +115,79 @@ def test_a_fault_is_one_sentence_and_status_2(models, pictures, tmp_path, argume
     assert result.returncode == 2
     assert sentence in result.stderr
     assert result.stderr.startswith("convoy: ") and result.stderr.count("\n") == 1
+
+
+def test_predict_by_a_service_says_what_predict_without_one_says(models, server, pictures):
+    arguments = ("predict", pictures, pictures / "notes.txt", "--json", "--top-k", 99, "--model")
+    for name in ("colours", "other"):
+        offline = run(*arguments, name, "--models", models)
+        asked = run(*arguments, name, "--url", server.url)
+        assert (asked.returncode, asked.stdout, asked.stderr) == (1, offline.stdout, "")
+        assert offline.returncode == 1 and len(asked.stdout.splitlines()) == 4
+
+
+def test_predict_by_a_service_uses_its_default_model_and_shows_a_table(server, pictures):
+    result = run("predict", pictures / "red.png", "--url", server.url, COLUMNS="200")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0].split() == ["file", "label", "probability", "then"]
+    assert " red " in result.stdout and "99.9%" in result.stdout
+
+
+def test_a_file_that_is_gone_or_too_large_is_one_line_among_others(server, pictures):
+    (pictures / "large.png").write_bytes(b"x" * 2_100_000)
+    result = run(
+        "predict", pictures / "red.png", pictures / "large.png", pictures / "deep", "--url", server.url, "--json"
+    )
+    good, large, blue = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 1
+    assert (good["top"][0]["label"], blue["top"][0]["label"]) == ("red", "blue")
+    assert "2,000,000" in large["error"] and "top" not in large
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--url", "{url}", "--model", "nobody"), "There is no model 'nobody'"),
+        (("--url", "{url}", "--models", "models"), "--models is for predictions without a server"),
+        (("--url", "{url}", "--no-such-thing"), "unrecognized arguments"),
+        (("--url", "localhost"), "url = 'localhost' is no address of a service"),
+        (("--url", "http://127.0.0.1:1"), "http://127.0.0.1:1 does not answer: Connection refused."),
+        (("--url", "{url}/docs"), "There is nothing at /docs/models"),
+    ],
+)
+def test_a_fault_of_predict_by_a_service_is_one_sentence(server, pictures, arguments, sentence):
+    result = run("predict", pictures, *(argument.format(url=server.url) for argument in arguments))
+    assert result.returncode == 2
+    assert sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_key_of_the_environment_goes_with_the_request(pictures):
+    entry = {"name": "m", "version": "1", "state": "ready", "classes": 2}
+    models, found = answer(200, {"default": "m", "models": [entry]}), answer(200, prediction("cat"))
+    with scripted(models, found) as fake:
+        result = run("predict", pictures / "red.png", "--url", fake.url, "--json", CONVOY_API_KEY="secret-key")
+        assert result.returncode == 0, result.stderr
+        assert [headers["authorization"] for _, headers, _ in fake.requests] == ["Bearer secret-key"] * 2
+        assert [line for line, _, _ in fake.requests] == ["GET /models", "POST /models/m/predict?top_k=2"]
+
+
+def test_a_service_that_goes_away_ends_the_command(pictures):
+    entry = {"name": "m", "version": "1", "state": "ready", "classes": 2}
+    with scripted(answer(200, {"default": "m", "models": [entry]}), fault(401, sentence="No key.")) as fake:
+        result = run("predict", pictures / "red.png", "--url", fake.url)
+    assert (result.returncode, result.stderr) == (2, "convoy: No key.\n")
+
+
+def test_the_variables_of_the_client_are_not_the_services(models, pictures):
+    environment = {"CONVOY_API_KEY": "secret-key", "CONVOY_URL": "http://127.0.0.1:1"}
+    result = run("predict", pictures / "red.png", "--models", models, "--model", "colours", "--json", **environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_service_with_a_clients_key_says_that_it_protects_nothing(models, tmp_path):
+    with convoy(models, tmp_path / "log", loaded=False, api_key="secret-key") as server:
+        (warning,) = [line for line in server.lines() if line["level"] == "warning"]
+        assert "CONVOY_API_KEY" in warning["message"] and "secret-key" not in str(server.lines())
 
 
 def test_an_unknown_variable_stops_the_start(models):

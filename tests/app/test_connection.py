@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import re
+import signal
 import socket
 import struct
 import time
@@ -251,6 +252,27 @@ def test_after_a_deadline_the_next_request_on_the_connection_has_its_own(slow):
             answer = client.answer()
             assert (answer.id, answer.best) == ("next", "slow: green")
     wait_until_nothing_is_inside(slow)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("size", [0, 300_000], ids=["whole", "in-pieces"])
+def test_a_drain_answers_what_was_pipelined_before_it(tmp_path, size, workers):
+    """The connection is closed with the last answer, whatever kind of request it is to, and not before."""
+    make_bundle(tmp_path / "models", "slow", slow=True)
+    behind = [request(GREEN), request(method="GET", path="/livez"), request(b"broken"), request(BLUE)]
+    with convoy(tmp_path / "models", tmp_path / "log", workers=workers) as draining, wire(draining) as client:
+        client.send(request(RED + bytes(size)) + b"".join(behind))
+        while not draining.metrics()["convoy_inflight_images"]:
+            time.sleep(0.002)
+        time.sleep(0.05)  # what is behind has been read too
+        draining.process.send_signal(signal.SIGTERM)
+        answers = [client.answer() for _ in range(1 + len(behind))]
+        assert [answer.best for answer in answers[:2]] == ["slow: red", "slow: green"]
+        assert [answer.status for answer in answers[2:]] == [200, 422, 200]
+        assert answers[-1].best == "slow: blue"
+        assert [answer.headers.get("connection") for answer in answers] == [None, None, None, None, "close"]
+        assert client.ended()
+        assert draining.stop() == 0
 
 
 def test_a_refused_request_says_when_to_come_back_and_its_connection_goes_on(slow):

@@ -85,6 +85,15 @@ def test_usable_cpus_are_bounded_by_affinity_and_quota(tmp_path, monkeypatch, af
     assert cpus.usable_cpus(tmp_path, own(tmp_path, "0::/")) == usable
 
 
+@pytest.mark.parametrize(
+    ("usable", "workers", "share"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (8, 0, 1), (2, 4, 1), (1, 0, 1), (1, 1, 1)]
+)
+def test_several_processes_share_the_processors(monkeypatch, usable, workers, share):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(usable)))
+    monkeypatch.setattr(cpus, "cgroup_quota", lambda *_: None)
+    assert cpus.share_of_cpus(workers) == share
+
+
 def test_without_quota_the_affinity_counts(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 3, 5})
     assert cpus.usable_cpus(tmp_path, own(tmp_path)) == 3

@@ -306,4 +306,5 @@ def test_the_docs_page_needs_no_other_host(server):
     assert "http://" not in page.replace(server.url, "") and "https://" not in page
     for source in re.findall(r'(?:src|href)="([^"]+)"', page):
         assert server.client.get(source).status_code == 200, source
-    assert server.client.get("/").headers["location"] == "/docs"
+    assert server.client.get("/", headers={"Accept": "text/html,*/*"}).headers["location"] == "/docs"
+    assert server.client.get("/").json() == {"status": "alive"}

@@ -206,6 +206,7 @@ def test_a_prediction_needs_a_key_and_the_right_one(guarded):
     for headers in (bearer(setup.held["predict"]), {"X-API-Key": setup.held["predict"]}):
         answer = server.client.post("/predict", content=RED, headers=headers | {"X-Request-Id": "let-in"})
         assert answer.status_code == 200, answer.text
+    wait_for(lambda: len(logged_with(server, "let-in")) == 2)
     assert {line["key"] for line in logged_with(server, "let-in")} == {"the-predict"}
     for headers, status in (({}, 401), (bearer("guess"), 401), (bearer(setup.held["metrics"]), 403)):
         answer = server.client.post("/models/other/predict", content=RED, headers=headers)

@@ -143,6 +143,13 @@ DAMAGE = {
 }
 
 
+DAMAGE = {
+    damage: sentence.replace("version 1", "version 2")
+    for damage, sentence in test_lifecycle.DAMAGE.items()
+    if damage is not test_lifecycle.no_version
+}
+
+
 def test_a_version_with_any_damage_changes_nothing_and_says_why(models):
     with operated(models) as server, Stream(server, 2) as stream:
         for damage, sentence in DAMAGE.items():

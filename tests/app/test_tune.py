@@ -3,15 +3,21 @@ import os
 import subprocess
 import sys
 import tomllib
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from app.bench import search
+from app.bench import search, trials
+from app.bench.report import Strain, report_of
+from app.bench.samples import Samples
 from app.bench.search import Dimension, Search, Trial, candidates
 from app.bench.server import serving
+from app.bench.trials import Trials
 from app.bench.tune import sentences, settings_file, table
 from app.errors import SettingsError
+from app.manifest import read_bundle
 from app.settings import Settings
 from tests.bundles import make_bundle, plain_image
 
@@ -27,16 +33,16 @@ class Simulated:
         self.now = 0.0
         self.at = None
 
-    def _spend(self, candidate, seconds):
-        self.now += seconds + self.start_s * (candidate != self.at)
-        self.at = candidate
+    def _spend(self, *service, seconds):
+        self.now += seconds + self.start_s * (service != self.at)
+        self.at = service
 
     def closed(self, candidate, connections, seconds):
-        self._spend(candidate, seconds)
+        self._spend(candidate, "closed", seconds=seconds)
         return Trial(candidate, "closed", connections, self.capacity(candidate), 10.0, 20.0, 1.0)
 
     def open(self, candidate, rate, seconds):
-        self._spend(candidate, seconds)
+        self._spend(candidate, "open", seconds=seconds)
         fits = rate <= 0.9 * self.capacity(candidate)
         return Trial(candidate, "open", rate, rate, 10.0, 20.0 if fits else 1000.0, 1.0 if fits else 0.5)
 
@@ -84,10 +90,10 @@ def test_the_best_settings_and_their_rate_are_found():
     tried = candidates(2)
     result = found(Simulated(by_batch), tried)
     best = max(tried, key=by_batch)
-    assert result.best == best and result.confirmed and result.untried == 0
+    assert result.best == best and result.winner.confirmed and result.untried == 0
     limit = 0.9 * by_batch(best)
-    assert limit * (1 - 2 * search.PRECISION) <= result.sustainable_per_s <= limit
-    assert result.concurrency.rate == pytest.approx(0.8 * result.sustainable_per_s)
+    assert limit * (1 - 2 * search.PRECISION) <= result.winner.rate <= limit
+    assert result.concurrency.rate == pytest.approx(0.8 * result.winner.rate)
     assert result.concurrency.in_flight == pytest.approx(result.concurrency.rate * 0.010)
 
 
@@ -115,11 +121,11 @@ def test_the_budget_holds_and_what_it_left_out_is_told():
 
 
 def test_a_round_that_is_cut_short_forgets_nobody():
-    """The budget ends while the survivors are measured again: there are two finalists all the same."""
+    """The budget ends while the survivors are measured again: all finalists are there all the same."""
     measure = Simulated(by_batch, start_s=3.0)
     result = found(measure, candidates(2), budget_s=200.0)
     probed = {tuple(trial.candidate.values()) for trial in result.trials if trial.loop == "open"}
-    assert len(probed) == 2
+    assert len(probed) == search.FINALISTS
 
 
 def test_a_machine_too_slow_for_a_ranking_gets_the_rate_of_its_defaults():
@@ -138,7 +144,7 @@ def test_a_limit_that_nothing_keeps():
     measure = Simulated(by_batch)
     measure.open = lambda candidate, rate, seconds: Trial(candidate, "open", rate, rate, 900.0, 990.0, 0.0)
     result = found(measure, candidates(2))
-    assert (result.best, result.sustainable_per_s, result.concurrency) == (None, 0, None)
+    assert (result.winner, result.best, result.concurrency) == (None, None, None)
     assert "the limit is too tight" in sentences(result)[0]
 
 
@@ -154,8 +160,43 @@ def test_a_rate_that_was_luck_is_not_confirmed():
 
     measure.open = lucky
     result = found(measure, candidates(2))
-    assert result.confirmed and result.sustainable_per_s < 185
-    assert any(trial.asked > result.sustainable_per_s and trial.holds for trial in result.trials)
+    assert result.winner.confirmed and result.winner.rate < 185
+    assert any(trial.asked > result.winner.rate and trial.holds for trial in result.trials)
+
+
+def test_a_finalist_that_was_lucky_falls_behind_the_others():
+    """Of three finalists the first keeps any rate at first, and 100/s in truth: the second one's 170/s are the most."""
+    ranking, truth = {16: 185.0, 4: 180.0, 1: 175.0}, {16: 100, 4: 170, 1: 150}
+    measure = Simulated(lambda candidate: ranking[candidate["max_batch"]])
+    tried = candidates(2)[:1] + [candidates(2)[0] | {"max_batch": batch} for batch in (1, 4)]
+    seen = set()
+
+    def lucky(candidate, rate, seconds):
+        measure.now += seconds
+        seen.add(candidate["max_batch"])
+        fits = rate <= truth[candidate["max_batch"]] or seen == {16}
+        return Trial(candidate, "open", rate, rate, 10.0, 20.0, 1.0 if fits else 0.0)
+
+    measure.open = lucky
+    result = found(measure, tried)
+    assert [finalist.candidate["max_batch"] for finalist in result.finalists] == [16, 4, 1]
+    assert result.best["max_batch"] == 4 and result.winner.confirmed
+    assert 170 * (1 - 2 * search.PRECISION) <= result.winner.rate <= 170
+    assert [finalist.confirmed for finalist in result.finalists] == [False, True, False]
+
+
+def test_a_rate_that_there_was_no_time_to_confirm_is_told_as_such():
+    measure = Simulated(by_batch)
+    honest = measure.open
+
+    def slow(candidate, rate, seconds):
+        measure.now += 500.0
+        return honest(candidate, rate, seconds)
+
+    measure.open = slow
+    result = found(measure, candidates(2))
+    assert result.winner is not None and not result.winner.confirmed
+    assert "take less" in sentences(result)[1]
 
 
 def test_impossible_settings_do_not_end_the_search():
@@ -175,15 +216,47 @@ def test_impossible_settings_do_not_end_the_search():
 
 
 def test_the_settings_file_is_what_serve_reads(models, tmp_path):
-    from app.manifest import read_bundle
-
     result = found(Simulated(by_batch), candidates(2))
     file = tmp_path / "convoy.toml"
     file.write_text(settings_file(result, read_bundle(models / "colours/1")))
-    assert tomllib.loads(file.read_text()) == result.best
+    assert tomllib.loads(file.read_text()) == {**result.best, "queue_target_ms": LIMIT_MS}
     settings = Settings.from_sources({}, {"settings": str(file)})
     assert {name: getattr(settings, name) for name in result.best} == result.best
+    assert settings.queue_target_ms == LIMIT_MS
     assert "# Sustainable: " in file.read_text() and "Little's law" in file.read_text()
+
+
+def test_rates_are_measured_with_the_queue_target_that_is_written(models, monkeypatch):
+    """Ranking is at the edge of the limit, where the target would turn the slower candidates' clients away."""
+    started = []
+
+    @contextmanager
+    def noted(directory, settings):
+        started.append(settings)
+        yield SimpleNamespace(url="http://127.0.0.1:1")
+
+    async def nothing(_):
+        strain = Strain(busy_share=0.0, lag_p99_ms=0.0)
+        return report_of(
+            Samples(),
+            begin=0,
+            end=1,
+            interrupted=False,
+            images_per_request=1,
+            held_back=0,
+            connections=1,
+            strain=strain,
+        )
+
+    monkeypatch.setattr(trials, "serving", noted)
+    monkeypatch.setattr(trials, "run_load", nothing)
+    with Trials(read_bundle(models / "colours/1"), [b"image"], LIMIT_MS) as real:
+        for _ in range(2):
+            real.closed({"max_batch": 4}, 8, 1.0)
+        for _ in range(2):
+            real.open({"max_batch": 4}, 100.0, 1.0)
+    common = {"default_model": "colours", "max_batch": 4}
+    assert started == [common | {"queue_target_ms": 0.0}, common | {"queue_target_ms": LIMIT_MS}]
 
 
 def test_a_service_that_cannot_be_measured_says_why(models, tmp_path):
@@ -225,7 +298,8 @@ def test_a_real_search(tmp_path):
     document = json.loads(figures.read_text())
     assert document["sustainable_per_s"] > 0 and document["model"] == {"name": "colours", "version": "1"}
     assert {trial["loop"] for trial in document["trials"]} == {"closed", "open"}
-    assert tomllib.loads(written.read_text()) == document["best"]
+    assert tomllib.loads(written.read_text()) == document["best"] | {"queue_target_ms": 5000}
+    assert document["sustainable_per_s"] == max(finalist["rate"] for finalist in document["finalists"])
     assert "<svg" in plot.read_text()
 
 

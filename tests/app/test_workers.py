@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from app import pages
-from app.cpus import usable_cpus
+from app.cpus import share_of_cpus
 from app.pages import Page, WriterState, private_page
 from app.probes import readiness
 from app.settings import Settings
@@ -58,6 +58,15 @@ def burst(server: ConvoyProcess, name: str) -> Counter[int]:
     for connection in connections:
         connection.close()
     return Counter(line["worker"] for line in logged_with(server, name))
+
+
+def test_each_worker_plans_for_its_share_of_the_processors(pair):
+    wait_for(lambda: len(messages(pair, "ready")) == 2)
+    share = share_of_cpus(2)
+    assert [line["cpus"] for line in messages(pair, "ready")] == [share, share]
+    pair.client.post("/models/other/predict", content=RED)
+    sessions = [name for name in pair.metrics() if name.startswith("convoy_session_busy") and '"other"' in name]
+    assert len(sessions) == share
 
 
 def test_counters_are_summed_over_the_workers(pair):
@@ -197,12 +206,10 @@ def test_shares_add_up_to_the_whole_and_fit_the_largest_request():
     share = share_of(settings, 3)
     assert share.max_inflight_images == 334
     assert share.max_inflight_bytes == 333_333_334
-    assert share.sessions == share.decode_threads == max(1, usable_cpus() // 3)
     assert share_of(settings, 64).max_inflight_images == 64
     limited = Settings(model_limits="pets=5, imagenet=64", max_inflight_pixels=9)
     assert share_of(limited, 2).model_limits == "pets=3,imagenet=32"
     assert share_of(limited, 2).max_inflight_pixels == 5
-    assert share_of(Settings(sessions=5, decode_threads=7), 2).sessions == 5
     assert share_of(Settings(max_inflight_images=10), 4).max_inflight_images == 10
 
 

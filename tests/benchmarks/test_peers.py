@@ -1,11 +1,13 @@
 """The comparison with peers is fair and robust: same pixels, same versions, no server left behind."""
 
 import importlib.util
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +69,32 @@ def test_the_plain_decoder_sees_the_same_picture(classifier, recipe, size):
     assert np.array_equal(classifier.convoy(recipe.model_dump())(image), ours)
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "pillow"])
+@pytest.mark.parametrize("package", ["onnxruntime", "pillow", "simplejpeg"])
 def test_peers_run_what_convoy_runs(package):
     pins = [
         re.search(rf"^{package}==(\S+)$", (ROOT / file).read_text(), re.MULTILINE).group(1)
         for file in ("constraints.txt", "benchmarks/peers/requirements.txt")
     ]
     assert pins[0] == pins[1]
+
+
+def test_convoys_decoder_finds_in_the_peers_environment_what_it_imports():
+    """Whatever `app.images` loads is installed by name, or is needed by something that is."""
+    program = (
+        "import json, sys; from importlib.metadata import packages_distributions; import app.images, app.manifest; "
+        "tops = {name.partition('.')[0] for name in sys.modules}; "
+        "print(json.dumps([name for top, names in packages_distributions().items() if top in tops for name in names]))"
+    )
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = {plain_name(name) for name in json.loads(told)} - {"convoy-serve", "setuptools"}
+    named = re.search(r"^\t\$\(PEERS_INSTALL\) (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    brought = {plain_name(re.match(r"[\w-]+", need)[0]) for name in named for need in requires(name) or ()}
+    assert "simplejpeg" in loaded and loaded <= {*named, *brought}
+
+
+def plain_name(name: str) -> str:
+    """Return a distribution's name as all its spellings have it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_every_scenario_can_be_run():

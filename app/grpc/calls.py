@@ -1,0 +1,305 @@
+"""What is around every call: its id, its key, its deadline, its status, metrics, one log line.
+
+A method gets its request and a `Call`, in which it leaves what it learns (model, images), and returns its response or
+raises a fault. Faults become statuses here and nowhere else. Messages are parsed here too: what is none is the
+client's mistake, which gRPC's own parsing would tell as a fault of the service.
+"""
+
+import asyncio
+import itertools
+import logging
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from app.errors import BadRequestError, ConvoyError, QueueFullError
+from app.metrics import Metrics
+
+log = logging.getLogger("convoy.access")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Metadata = tuple[tuple[str, str], ...]
+Answer = TypeVar("Answer", bound=Message)
+
+STREAM_DEPTH = 64
+"""Requests of one stream inside at once; the next is read when the first of them is answered."""
+CLIENT_GONE = 499
+"""Counted, as over HTTP, for calls that nobody waited for."""
+
+_STATUSES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    415: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_ID_START = secrets.token_hex(10)
+_ids = itertools.count()
+_FAILED_INSIDE = frozenset({500, 504})
+"""Statuses of calls that were admitted: not refusals, so not in `convoy_rejected_total`."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One request, as its method, metrics and log see it.
+
+    Attributes:
+        route: the full name of its method.
+        request_id: the client's own, or a new one.
+        started: when it came, `time.monotonic()`.
+        deadline: when its client gives up, on the same clock; infinite where it never does.
+        model, version, images: what the method found out.
+        status: HTTP's number for how it ended, so that the metrics of both protocols add up.
+        code: the fault's, empty where there was none.
+        key: name of the key that it came with.
+    """
+
+    route: str
+    request_id: str
+    started: float
+    deadline: float
+    model: str = ""
+    version: str = ""
+    images: int = 0
+    status: int = CLIENT_GONE
+    code: str = ""
+    key: str = ""
+
+
+Method = Callable[[Any, Call], Awaitable[Answer]]
+Entry = Callable[[Context, str], str]
+"""Lets a call of a route in, and returns the name of its key, or raises a fault."""
+
+
+def status_of(fault: ConvoyError) -> grpc.StatusCode:
+    """Return what a fault is called in gRPC."""
+    return _STATUSES.get(fault.status, grpc.StatusCode.INTERNAL)
+
+
+class Calls:
+    """Makes a service's methods into handlers, and knows which calls are inside."""
+
+    def __init__(self, metrics: Metrics, *, enter: Entry, access_log: bool) -> None:
+        self._metrics = metrics
+        self._enter = enter
+        self._access_log = access_log
+        self._readers: set[asyncio.Task[None]] = set()
+        self.inside = 0
+        """Requests that have no answer yet; idle streams are none."""
+        self.cutting_off = False
+        """Whether a call that is cancelled from now on ends because the service does."""
+
+    def unary(self, route: str, method: Method[Answer], message: type[Message], *, quiet: bool = False) -> Any:
+        """Return the handler of a method that takes one request; `quiet`: without a log line."""
+
+        async def serve(data: bytes, context: Context) -> Answer:
+            call = _begin(context, route)
+            self.inside += 1
+            try:
+                call.key = self._enter(context, route)
+                answer = await method(_parse(message, data), call)
+                context.set_trailing_metadata((("x-request-id", call.request_id),))
+                call.status = 200
+                return answer
+            except asyncio.CancelledError:
+                self._note_cancellation(call)
+                raise
+            except Exception as error:
+                await _abort(context, call, self._fault(call, error))
+            finally:
+                self.inside -= 1
+                self._record(call, quiet)
+
+        return grpc.unary_unary_rpc_method_handler(serve, None, message_to_bytes)
+
+    def stream(
+        self,
+        route: str,
+        method: Method[Answer],
+        message: type[Message],
+        refusal: Callable[[Any, ConvoyError], Answer],
+    ) -> Any:
+        """Return the handler of a method that answers each request of a stream, in their order.
+
+        Args:
+            route: the method's full name.
+            method: answers one request.
+            message: what the requests are.
+            refusal: makes the response to a request out of its fault; the stream goes on after it. A client that sends
+                the metadata `triton_grpc_error: true` wants the stream to end with the fault's status instead.
+        """
+
+        async def one(data: bytes, context: Context, strict: bool) -> Answer:
+            call = _begin(context, route)
+            self.inside += 1
+            request = None
+            try:
+                call.key = self._enter(context, route)
+                request = _parse(message, data)
+                answer = await method(request, call)
+                call.status = 200
+                return answer
+            except asyncio.CancelledError:
+                self._note_cancellation(call)
+                raise
+            except Exception as error:
+                fault = self._fault(call, error)
+                if strict:
+                    await _abort(context, call, fault)
+                call.code, call.status = fault.code, fault.status
+                return refusal(request, fault)
+            finally:
+                self.inside -= 1
+                self._record(call, quiet=False)
+
+        async def serve(requests: AsyncIterator[bytes], context: Context) -> None:
+            strict = dict(context.invocation_metadata() or ()).get("triton_grpc_error") == "true"
+            try:
+                self._enter(context, route)
+            except ConvoyError as fault:
+                call = _begin(context, route)
+                try:
+                    await _abort(context, call, fault)
+                finally:
+                    self._record(call, quiet=False)
+            line = _Line(requests, lambda data: one(data, context, strict))
+            self._readers.add(line.reader)
+            line.reader.add_done_callback(self._readers.discard)
+            try:
+                async for answer in line:
+                    await context.write(answer)
+                if line.reader.cancelled():
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "The service is stopping: open a new stream.")
+            finally:
+                line.close()
+
+        return grpc.stream_stream_rpc_method_handler(serve, None, message_to_bytes)
+
+    def stop_reading(self) -> None:
+        """Take no more requests from open streams; each ends when what was read is answered."""
+        for reader in self._readers:
+            reader.cancel()
+
+    def _note_cancellation(self, call: Call) -> None:
+        """Note why a call was cancelled from outside: its time was over, the service ends, or the client left."""
+        if time.monotonic() >= call.deadline:
+            call.status, call.code = 504, "deadline"
+        elif self.cutting_off:
+            call.status, call.code = 503, "draining"
+
+    def _fault(self, call: Call, error: Exception) -> ConvoyError:
+        """Return what to tell for whatever a method raised."""
+        if isinstance(error, ConvoyError):
+            return error
+        log.exception("request failed", exc_info=error, extra={"request_id": call.request_id})
+        return ConvoyError("Something broke inside; the log has it under this request's id.")
+
+    def _record(self, call: Call, quiet: bool) -> None:
+        seconds = time.monotonic() - call.started
+        metrics = self._metrics
+        metrics.requests.labels(call.model, call.version, call.route, call.status).inc()
+        metrics.request_duration.labels(call.model, call.route, call.version, call.status).observe(seconds)
+        if call.code and call.status not in _FAILED_INSIDE:
+            metrics.rejected.labels(call.model, call.code).inc()
+        if self._access_log and not quiet:
+            fields: dict[str, object] = {
+                "request_id": call.request_id,
+                "method": "gRPC",
+                "path": call.route,
+                "status": call.status,
+                "ms": round(seconds * 1000, 2),
+            }
+            if call.model:
+                fields |= {"model": call.model, "images": call.images}
+            if call.key:
+                fields["key"] = call.key
+            if call.code:
+                fields["code"] = call.code
+            log.info("request", extra=fields)
+
+
+class _Line:
+    """Requests of a stream on their way, in order; iterating gives their answers."""
+
+    def __init__(self, requests: AsyncIterator[bytes], answer: Callable[[bytes], Awaitable[Any]]) -> None:
+        self._answer = answer
+        self._room = asyncio.Semaphore(STREAM_DEPTH)
+        self._running: deque[asyncio.Future[Any]] = deque()
+        self._news = asyncio.Event()
+        self.reader = asyncio.create_task(self._read(requests))
+        self.reader.add_done_callback(lambda _: self._news.set())
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while True:
+            while self._running:
+                yield await self._running[0]
+                self._running.popleft()
+                self._room.release()
+            if self.reader.done():
+                if not self.reader.cancelled():
+                    self.reader.result()  # raises what ended it, if that was an error
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def close(self) -> None:
+        """Give up what is not answered yet."""
+        for task in (self.reader, *self._running):
+            task.cancel()
+
+    async def _read(self, requests: AsyncIterator[bytes]) -> None:
+        async for data in requests:
+            await self._room.acquire()
+            self._running.append(asyncio.ensure_future(self._answer(data)))
+            self._news.set()
+
+
+def message_to_bytes(message: Message) -> bytes:
+    """Serialise a response."""
+    return message.SerializeToString()
+
+
+def _begin(context: Context, route: str) -> Call:
+    started = time.monotonic()
+    remaining = context.time_remaining()
+    deadline = float("inf") if remaining is None else started + remaining
+    return Call(route, _request_id(context), started, deadline)
+
+
+def _request_id(context: Context) -> str:
+    """Return the client's x-request-id where it is short printable ASCII, else a new one."""
+    for name, value in context.invocation_metadata() or ():
+        if name == "x-request-id" and isinstance(value, str) and _GOOD_ID.fullmatch(value):
+            return value
+    return f"{_ID_START}{next(_ids):012x}"
+
+
+def _parse(message: type[Message], data: bytes) -> Message:
+    try:
+        return message.FromString(data)
+    except DecodeError:
+        raise BadRequestError(f"The message of {len(data):,} bytes is no {message.DESCRIPTOR.full_name}.") from None
+
+
+async def _abort(context: Context, call: Call, fault: ConvoyError) -> NoReturn:
+    """End a call with a fault: its status, its sentence, its code and, where it says so, when to come back."""
+    call.code, call.status = fault.code, fault.status
+    trailing: Metadata = (("x-request-id", call.request_id), ("code", fault.code))
+    if isinstance(fault, QueueFullError):
+        trailing += (("retry-after", str(fault.retry_after_s)),)
+    await context.abort(status_of(fault), fault.message, trailing)

@@ -1,0 +1,167 @@
+"""`/v1/…`: the REST interface of TensorFlow Serving, which KServe's first protocol follows.
+
+One answer serves the clients of both where they ask the same path. The checks of tensors are `app/v2/`'s; the JSON is
+`v1_messages.py`'s; this room has paths, headers and statuses.
+"""
+
+import asyncio
+import time
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope
+
+from app.engine import Engine
+from app.errors import NotOfferedError, UnavailableError
+from app.http.bodies import PARSE_IN_THREAD_BYTES, BodyLimits, read_body
+from app.http.connection import Connection
+from app.http.direct import Direct, admitted, answer_json
+from app.http.observe import trace_of
+from app.http.schemas import ErrorResponse
+from app.http.v1_messages import metadata, parse, version_status, write
+from app.http.v2_messages import cost_of, deflate, inflate
+from app.repository import Repository
+from app.v2.inference import SLOW_ELEMENTS, infer
+from app.v2.metadata import repository_index
+
+MODEL = "/v1/models/{model}"
+VERSION = MODEL + "/versions/{version}"
+
+_FAULTS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "Any fault"}}
+_INSTANCES = {
+    "type": "object",
+    "description": "instances or inputs: nested numbers, or images as objects with b64.",
+    "properties": {"signature_name": {"type": "string"}, "instances": {"type": "array", "items": {}}, "inputs": {}},
+}
+_BODY = {"required": True, "content": {"application/json": {"schema": _INSTANCES}}}
+_EXAMPLE = {"predictions": [[0.9, 0.1]]}
+_NOT_OFFERED = {
+    "explain": "Explanations are not offered yet; :predict is.",
+    "classify": "Classification of tf.Example records is not offered: send images or tensors to :predict.",
+    "regress": "Regression of tf.Example records is not offered: send tensors to :predict.",
+}
+
+
+class Asker:
+    """Answers predict requests from an engine."""
+
+    def __init__(self, engine: Engine, limits: BodyLimits, timeout_ms: int) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._timeout_ms = timeout_ms
+
+    async def answer(
+        self, name: str, version: str | None, scope: Scope, receive: Receive, connection: Connection
+    ) -> None:
+        """Read a request, run it, and send the answer. Any Content-Type will do: curl -d sends that of a form."""
+        model = self._engine.model(name, version)
+        limit = self._limits.max_body_bytes
+        with admitted(self._engine, model, scope, connection, self._timeout_ms) as (head, ticket):
+            body = await read_body(head, receive, ticket, limit)
+            if head.content_encoding != "identity":
+                body = await inflate(body, head.content_encoding, ticket, limit)
+            if cost := cost_of(body):
+                ticket.hold_bytes(cost)
+            if len(body) > PARSE_IN_THREAD_BYTES:
+                request, in_rows = await asyncio.to_thread(parse, body, model)
+            else:
+                request, in_rows = parse(body, model)
+            response = await infer(self._engine, model, request, ticket, self._limits.max_images)
+            trace_of(scope).images = response.rows
+        accepted = next((value for header, value in scope["headers"] if header == b"accept-encoding"), b"")
+        if sum(tensor.array.size for tensor in response.outputs) > SLOW_ELEMENTS:
+            content = await asyncio.to_thread(write, response, in_rows)
+        else:
+            content = write(response, in_rows)
+        content, encoding = await deflate(content, accepted.decode("latin-1"))
+        model.metrics.post.observe(time.monotonic() - response.ran_at)
+        await answer_json(scope, connection, model, response.stages, content, encoding)
+
+    def asked(self, name: str, version: str | None = None) -> Response:
+        """Return what a route returns to have `answer` answer."""
+
+        async def answer(scope: Scope, receive: Receive, connection: Connection) -> None:
+            await self.answer(name, version, scope, receive, connection)
+
+        return Direct(answer)
+
+
+def routes(engine: Engine, repository: Repository, limits: BodyLimits, timeout_ms: int) -> APIRouter:
+    """Return the protocol's routes."""
+    router = APIRouter(tags=["v1"])
+    asker = Asker(engine, limits, timeout_ms)
+    _add_status_routes(router, engine, repository)
+    predicts: dict[str, Any] = {
+        "summary": "Predict",
+        "response_class": JSONResponse,
+        "responses": {200: {"content": {"application/json": {"example": _EXAMPLE}}}} | _FAULTS,
+        "openapi_extra": {"requestBody": _BODY},
+    }
+
+    @router.post(f"{MODEL}:predict", **predicts)
+    async def predict(model: str) -> Response:
+        return asker.asked(model)
+
+    @router.post(f"{VERSION}:predict", **predicts)
+    async def predict_with_version(model: str, version: str) -> Response:
+        return asker.asked(model, version)
+
+    for verb, sentence in _NOT_OFFERED.items():
+        for path in (MODEL, VERSION):
+            _add_refusal(router, f"{path}:{verb}", sentence)
+    return router
+
+
+def _add_refusal(router: APIRouter, path: str, sentence: str) -> None:
+    async def refuse() -> Response:
+        raise NotOfferedError(sentence)
+
+    router.add_api_route(path, refuse, methods=["POST"], include_in_schema=False)
+
+
+def _add_status_routes(router: APIRouter, engine: Engine, repository: Repository) -> None:
+    answers: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}, **_FAULTS}
+
+    @router.get("/v1/models", summary="Names of all models")
+    async def models() -> dict[str, list[str]]:
+        return {"models": list(dict.fromkeys(entry["name"] for entry in repository_index(repository)))}
+
+    @router.get(MODEL, summary="Status of a model", responses=answers)
+    async def model(model: str) -> dict[str, Any]:
+        return _status(engine, repository, model, None)  # type: ignore[return-value]  # its status depends on it
+
+    @router.get(VERSION, summary="Status of a version", responses=answers)
+    async def version(model: str, version: str) -> dict[str, Any]:
+        return _status(engine, repository, model, version)  # type: ignore[return-value]
+
+    @router.get(f"{MODEL}/metadata", summary="Tensors of a model", responses=answers)
+    async def described(model: str) -> dict[str, Any]:
+        return metadata(engine.model(model))
+
+    @router.get(f"{VERSION}/metadata", summary="Tensors of a version", responses=answers)
+    async def described_version(model: str, version: str) -> dict[str, Any]:
+        return metadata(engine.model(model, version))
+
+
+def _status(engine: Engine, repository: Repository, name: str, version: str | None) -> Response:
+    """Return KServe's answer and TensorFlow Serving's in one; 503, as KServe's server has it, where it is not ready.
+
+    Raises:
+        UnknownModelError: there is no such model, or version.
+    """
+    reason = ""
+    try:
+        engine.model(name, version)
+    except UnavailableError as fault:
+        reason = fault.message
+    content: dict[str, Any] = {"name": name, "ready": not reason}
+    content["model_version_status"] = [
+        version_status(entry)
+        for entry in repository_index(repository)
+        if entry["name"] == name and version in (None, entry["version"])
+    ]
+    if not reason:
+        return JSONResponse(content)
+    return JSONResponse(content | {"error": reason, "code": "unavailable"}, HTTPStatus.SERVICE_UNAVAILABLE)

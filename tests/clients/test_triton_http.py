@@ -1,0 +1,13 @@
+import pytest
+
+from tests.clients.serving import checks_of, outcomes_of
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, str]:
+    return outcomes_of("triton", "triton_http", tmp_path_factory.mktemp("clients"))
+
+
+@pytest.mark.parametrize("check", checks_of("triton_http"))
+def test_the_real_client_passes(outcomes, check):
+    assert outcomes[check] == "", outcomes[check]
