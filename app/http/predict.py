@@ -5,7 +5,9 @@ FastAPI's all the same, for the OpenAPI document and for wrong methods.
 """
 
 import json
+import re
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -16,21 +18,26 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.engine import Engine, Prediction
+from app.batcher import DEFAULT_URGENCY
+from app.engine import INLINE_BYTES, Engine, Prediction
 from app.errors import AbandonedError, BadRequestError, ConvoyError
-from app.http.bodies import BodyLimits, Head, images_in, read_images
-from app.http.connection import Connection, connection_of
+from app.http.bodies import RAW_TYPES, BodyLimits, Head, images_in, read_images
+from app.http.connection import Connection, RequestHead, WholeRequest, connection_of
 from app.http.errors import send_error
-from app.http.observe import trace_of
+from app.http.observe import Record, Trace, trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
+from app.http.taskless import TasklessPrediction
 from app.loading import LoadedModel
 from app.scores import JsonWriter
 
 DEFAULT_TOP_K = 5
 
 ROUTE, MODEL_ROUTE = "/predict", "/models/{model}/predict"
-_MODEL_PREFIX, _MODEL_SUFFIX = MODEL_ROUTE.split("{model}")
+VERSION_ROUTE = "/models/{model}/versions/{version}/predict"
+_WAY = re.compile(r"/models/([^/]+)(?:/versions/([^/]+))?/predict")
 
+Asked = tuple[str | None, str | None]
+"""A model's name and version; None: the default model, the active version."""
 TopK = Annotated[int, Query(ge=1, description="How many classes to return, best first; at most the number there is.")]
 TimeoutMs = Annotated[
     int | None,
@@ -75,28 +82,48 @@ class Predictor:
         self._timeout_ms = timeout_ms
         self._forms: WeakKeyDictionary[LoadedModel, _Form] = WeakKeyDictionary()
 
-    async def answer(self, name: str | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read a request's images, classify them with the model `name` (None: the default one), and send the answer."""
+    def begin(self, request: WholeRequest, trace: Trace, record: Record) -> bool:
+        """Begin to answer a whole request without a task; False: it is not one for that.
+
+        Raises:
+            Exception: whatever went wrong before there was anything to wait for. Nothing is held, and `answer` meets
+                it again.
+        """
+        head = request.head
+        if head.plan is None:
+            head.plan = _plan_for(head, self._limits)
+        plan: _Plan = head.plan
+        if not plan.is_taskless:
+            return False
+        model = self._engine.model(*plan.asked)
+        form = self._form_of(model)
+        k = _wanted_top_k(head.query, form.classes)
+        timeout_ms = self._timeout_ms if plan.timeout_ms is None else min(plan.timeout_ms, self._timeout_ms)
+        ticket = self._engine.admit(model, trace.started + timeout_ms / 1000, plan.urgency)
+        trace.route, trace.model, trace.version, trace.images = plan.route, form.name, form.version, 1
+        return TasklessPrediction(request, ticket, trace, record, form, k).begin(self._engine, model)
+
+    async def answer(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read a request's images, classify them with a model, and send the answer."""
         connection = connection_of(scope)
         try:
-            await self._classify(name, scope, receive, connection)
+            await self._classify(asked, scope, receive, connection)
         except ConvoyError as fault:
             # Who asked before sending the body, and is refused, may send it or not: what comes next cannot be told.
-            asked = any(name == b"expect" for name, _ in scope["headers"])
-            await send_error(fault, trace_of(scope), send, closes=asked)
+            expects = any(name == b"expect" for name, _ in scope["headers"])
+            await send_error(fault, trace_of(scope), send, closes=expects)
         except AbandonedError:
             return
         finally:
             connection.on_leave = None
 
-    async def _classify(self, name: str | None, scope: Scope, receive: Receive, connection: Connection) -> None:
+    async def _classify(self, asked: Asked, scope: Scope, receive: Receive, connection: Connection) -> None:
         trace = trace_of(scope)
-        model = self._engine.model(name)
-        form = self._forms.get(model) or self._forms.setdefault(model, _Form(model))
+        model = self._engine.model(*asked)
+        form = self._form_of(model)
         trace.model, trace.version = form.name, form.version
-        head = Head.of(scope)
-        query = scope["query_string"]
-        k = _wanted_top_k(query, form.classes) if query else DEFAULT_TOP_K
+        head = Head.of(scope["headers"])
+        k = _wanted_top_k(scope["query_string"], form.classes)
         timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
         with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
             connection.on_leave = ticket.abandon
@@ -111,6 +138,32 @@ class Predictor:
         model.metrics.post.observe(time.monotonic() - started)
         trace.status = HTTPStatus.OK
         await connection.answer(HTTPStatus.OK, headers, body)
+
+    def _form_of(self, model: LoadedModel) -> "_Form":
+        return self._forms.get(model) or self._forms.setdefault(model, _Form(model))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the head of a request says about its prediction; `is_taskless`: its body is one small image."""
+
+    is_taskless: bool
+    route: str = ""
+    asked: Asked = (None, None)
+    timeout_ms: int | None = None
+    urgency: int = DEFAULT_URGENCY
+
+
+def _plan_for(request: RequestHead, limits: BodyLimits) -> _Plan:
+    way = _way_of(request.path)
+    try:
+        head = Head.of(request.headers)
+    except BadRequestError:
+        return _Plan(is_taskless=False)
+    is_image = head.content_type in RAW_TYPES and head.content_encoding == "identity"
+    if way is None or not is_image or not 0 < request.body_bytes <= min(limits.max_body_bytes, INLINE_BYTES):
+        return _Plan(is_taskless=False)
+    return _Plan(True, *way, head.timeout_ms, head.urgency)
 
 
 class _Form:
@@ -152,8 +205,8 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
         if scope["type"] == "http" and scope["method"] == "POST" and (way := _way_of(scope["path"])):
-            trace_of(scope).route, name = way
-            await self._predictor.answer(name, scope, receive, send)
+            trace_of(scope).route, asked = way
+            await self._predictor.answer(asked, scope, receive, send)
             return
         if scope["type"] == "http" and scope["method"] == "HEAD":
             await self._head(scope, receive, send)
@@ -168,26 +221,27 @@ class Front:
 
 
 @lru_cache(maxsize=1024)
-def _way_of(path: str) -> tuple[str, str | None] | None:
-    """Return route and model's name of a prediction's path; None: it is none."""
+def _way_of(path: str) -> tuple[str, Asked] | None:
+    """Return a prediction's route, and what its path asks for; None: it is none."""
     if path == ROUTE:
-        return ROUTE, None
-    name = path.removeprefix(_MODEL_PREFIX).removesuffix(_MODEL_SUFFIX)
-    if name and "/" not in name and path == f"{_MODEL_PREFIX}{name}{_MODEL_SUFFIX}":
-        return MODEL_ROUTE, name
-    return None
+        return ROUTE, (None, None)
+    found = _WAY.fullmatch(path)
+    if found is None:
+        return None
+    name, version = found.groups()
+    return MODEL_ROUTE if version is None else VERSION_ROUTE, (name, version)
 
 
 class _Direct(Response):
     """What a route's function returns to have the predictor answer by itself."""
 
-    def __init__(self, predictor: Predictor, name: str | None) -> None:
+    def __init__(self, predictor: Predictor, asked: Asked) -> None:
         super().__init__()
         self._predictor = predictor
-        self._name = name
+        self._asked = asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._predictor.answer(self._name, scope, receive, send)
+        await self._predictor.answer(self._asked, scope, receive, send)
 
 
 def routes(predictor: Predictor) -> APIRouter:
@@ -201,15 +255,22 @@ def routes(predictor: Predictor) -> APIRouter:
 
     @router.post(ROUTE, summary="Classify with the default model", **documented)
     async def predict(top_k: TopK | None = None, timeout_ms: TimeoutMs = None) -> Response:
-        return _Direct(predictor, None)
+        return _Direct(predictor, (None, None))
 
     @router.post(MODEL_ROUTE, summary="Classify with a model", **documented)
     async def predict_with(model: str, top_k: TopK | None = None, timeout_ms: TimeoutMs = None) -> Response:
-        return _Direct(predictor, model)
+        return _Direct(predictor, (model, None))
+
+    @router.post(VERSION_ROUTE, summary="Classify with a version of a model, or an alias", **documented)
+    async def predict_with_version(
+        model: str, version: str, top_k: TopK | None = None, timeout_ms: TimeoutMs = None
+    ) -> Response:
+        return _Direct(predictor, (model, version))
 
     return router
 
 
+@lru_cache(maxsize=1024)
 def _wanted_top_k(query: bytes, classes: int) -> int:
     """Return `top_k` of a query string, or the default, which may be more than there are.
 
