@@ -309,6 +309,10 @@ class Ticket:
         """End the stay: nobody waits for the answer any more."""
         self._end("disconnected")
 
+    def cancelled_for(self, reason: str) -> None:
+        """Say why others have cancelled the task: `disconnected` or `deadline`; it is counted and told so."""
+        self._reason = self._reason or reason
+
     def __enter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None, "a ticket belongs to a task"
