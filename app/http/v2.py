@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Depends, Header
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,12 +25,14 @@ from app.http.connection import Connection
 from app.http.direct import Direct, admitted, answer_directly
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse
-from app.http.v2_messages import Writer, cost_of, deflate, inflate, parse
+from app.http.v2_messages import Writer, cost_of, deflate, inflate, json_object, parse
 from app.http.v2_schemas import (
+    INDEX_BODY,
     INFER_BODY,
     INFER_RESPONSE,
-    IndexBody,
+    OPERATION_BODY,
     IndexEntry,
+    Loaded,
     ModelConfig,
     ModelMetadata,
     ModelNames,
@@ -38,9 +41,11 @@ from app.http.v2_schemas import (
     ServerMetadata,
     ServerReady,
     Statistics,
+    Unloaded,
 )
 from app.loading import LoadedModel
 from app.metrics import Metrics
+from app.operations import Operations
 from app.probes import Probes
 from app.repository import Repository
 from app.v2 import metadata
@@ -49,6 +54,8 @@ from app.v2.inference import SLOW_ELEMENTS, infer
 MODEL = "/v2/models/{model}"
 VERSION = MODEL + "/versions/{version}"
 _WAY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+MAX_DOCUMENT_BYTES = 65_536
+"""Body of a request that is no inference."""
 _LENGTH_HEADER = b"inference-header-content-length"
 
 Asked = tuple[str, str | None]
@@ -150,13 +157,20 @@ def way_of(path: str) -> tuple[str, str, str | None] | None:
     return f"{MODEL if version is None else VERSION}/infer", name, version
 
 
-def routes(engine: Engine, repository: Repository, metrics: Metrics, probes: Probes, inferrer: Inferrer) -> APIRouter:
+def routes(
+    engine: Engine,
+    repository: Repository,
+    operations: Operations,
+    metrics: Metrics,
+    probes: Probes,
+    inferrer: Inferrer,
+) -> APIRouter:
     """Return the protocol's routes."""
     router = APIRouter(prefix="/v2", tags=["v2"])
     _add_server_routes(router, repository, metrics, probes)
     for path, asked in ((MODEL, _by_name), (VERSION, _by_version)):
-        _add_model_routes(router, path.removeprefix("/v2"), asked, engine, metrics, inferrer)
-    _add_repository_routes(router, repository)
+        _add_model_routes(router, path.removeprefix("/v2"), asked, engine, repository, metrics, inferrer)
+    _add_repository_routes(router, repository, operations)
     _add_refusals(router)
     return router
 
@@ -182,8 +196,7 @@ def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metri
 
     @router.get("/models/stats", summary="Statistics of all models")
     async def statistics() -> Statistics:
-        models = [entry.model for entry in repository.entries.values() if entry.model is not None]
-        return Statistics(**metadata.statistics(models, metrics))
+        return Statistics(**metadata.statistics(metadata.served(repository), metrics))
 
 
 def _by_name(model: str) -> Asked:
@@ -195,7 +208,13 @@ def _by_version(model: str, version: str) -> Asked:
 
 
 def _add_model_routes(
-    router: APIRouter, prefix: str, asked: Callable[..., Asked], engine: Engine, metrics: Metrics, inferrer: Inferrer
+    router: APIRouter,
+    prefix: str,
+    asked: Callable[..., Asked],
+    engine: Engine,
+    repository: Repository,
+    metrics: Metrics,
+    inferrer: Inferrer,
 ) -> None:
     """Add the routes of one model; `asked` takes its name, and its version, from the path."""
     Chosen = Annotated[Asked, Depends(asked)]  # noqa: N806 - a type
@@ -203,7 +222,7 @@ def _add_model_routes(
     @router.get(prefix, summary="Model metadata", responses=_ANY_FAULT)
     async def described(chosen: Chosen) -> ModelMetadata:
         model = engine.model(*chosen)
-        return ModelMetadata(**metadata.model_metadata(model, [model.version]))
+        return ModelMetadata(**metadata.model_metadata(model, repository))
 
     @router.get(
         f"{prefix}/ready", summary="Whether a model is ready", responses=_ANY_FAULT | {503: {"model": ModelReady}}
@@ -221,7 +240,10 @@ def _add_model_routes(
 
     @router.get(f"{prefix}/stats", summary="Statistics of a model", responses=_ANY_FAULT)
     async def statistics(chosen: Chosen) -> Statistics:
-        return Statistics(**metadata.statistics([engine.model(*chosen)], metrics))
+        name, version = chosen
+        model = engine.model(name, version)
+        models = metadata.served(repository, name) if version is None else [model]
+        return Statistics(**metadata.statistics(models, metrics))
 
     @router.post(
         f"{prefix}/infer",
@@ -233,19 +255,60 @@ def _add_model_routes(
         return Direct(inferrer.answer)
 
 
-def _add_repository_routes(router: APIRouter, repository: Repository) -> None:
-    @router.post("/repository/index", summary="Models of the repository, with states", responses=_ANY_FAULT)
-    async def index(body: IndexBody | None = None) -> list[IndexEntry]:
-        ready_only = body is not None and body.ready
+def _add_repository_routes(router: APIRouter, repository: Repository, operations: Operations) -> None:
+    """Add the model repository extension; that load and unload need an administrator's key is `auth.py`'s."""
+
+    @router.post(
+        "/repository/index",
+        summary="Versions in the repository, with states",
+        responses=_ANY_FAULT,
+        openapi_extra=INDEX_BODY,
+    )
+    async def index(request: Request) -> list[IndexEntry]:
+        ready_only = (await _small_document(request)).get("ready", False)
+        if not isinstance(ready_only, bool):
+            raise BadRequestError("The index's field 'ready' must be true or false.")
         return [IndexEntry(**entry) for entry in metadata.repository_index(repository, ready_only=ready_only)]
 
-    @router.post("/repository/models/{model}/load", summary="Load a model", responses=_ANY_FAULT)
-    async def load(model: str) -> ErrorResponse:
-        raise NotOfferedError("Loading over the API is not offered: put the version into the repository.")
+    @router.post(
+        "/repository/models/{model}/load",
+        summary="Load a model, or load it again",
+        responses=_ANY_FAULT,
+        openapi_extra=OPERATION_BODY,
+    )
+    async def load(model: str, request: Request) -> Loaded:
+        parameters = (await _small_document(request)).get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise BadRequestError("The parameters of a load must be an object.")
+        metadata.refuse_foreign(parameters)
+        await operations.load(model)
+        return Loaded(name=model, load=True)
 
-    @router.post("/repository/models/{model}/unload", summary="Unload a model", responses=_ANY_FAULT)
-    async def unload(model: str) -> ErrorResponse:
-        raise NotOfferedError("Unloading over the API is not offered.")
+    @router.post(
+        "/repository/models/{model}/unload",
+        summary="Unload a model",
+        responses=_ANY_FAULT,
+        openapi_extra=OPERATION_BODY,
+    )
+    async def unload(model: str, request: Request) -> Unloaded:
+        await _small_document(request)
+        await operations.unload(model)
+        return Unloaded(name=model, unload=True)
+
+
+async def _small_document(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request's body, whatever its Content-Type says; empty where there is no body.
+
+    Raises:
+        BadRequestError: it is no JSON object.
+        BodyTooLargeError: it is no small one.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_DOCUMENT_BYTES:
+            raise too_large(MAX_DOCUMENT_BYTES)
+    return json_object(body) if body.strip() else {}
 
 
 def _add_refusals(router: APIRouter) -> None:

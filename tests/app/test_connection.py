@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import re
 import signal
 import socket
@@ -18,6 +19,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from app.http.connection import MAX_WAITING, Connection, _Flow, connection_of
+from tests.app.watching import worker_pids
 from tests.bundles import make_bundle, plain_image
 from tests.servers import ConvoyProcess, convoy
 
@@ -268,12 +270,32 @@ def test_after_a_deadline_the_next_request_on_the_connection_has_its_own(slow):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_a_drain_answers_who_has_connected_and_was_not_accepted_yet(models, tmp_path, workers):
+    """The service stands still while clients connect, send and go on; then the signal is the first that it hears of."""
+    with convoy(models, tmp_path / "log", workers=workers, default_model="colours") as draining:
+        stopped = [draining.process.pid, *([*worker_pids(draining).values()] if workers > 1 else [])]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        clients = [Wire(draining.url) for _ in range(40)]
+        for client in clients:
+            client.send(request(RED))
+        draining.process.send_signal(signal.SIGTERM)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        assert {client.answer().best for client in clients} == {"colours: red"}
+        assert draining.stop() == 0
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("size", [0, 300_000], ids=["whole", "in-pieces"])
 def test_a_drain_answers_what_was_pipelined_before_it(tmp_path, size, workers):
     """The connection is closed with the last answer, whatever kind of request it is to, and not before."""
     make_bundle(tmp_path / "models", "slow", slow=True)
     behind = [request(GREEN), request(method="GET", path="/livez"), request(b"broken"), request(BLUE)]
-    with convoy(tmp_path / "models", tmp_path / "log", workers=workers) as draining, wire(draining) as client:
+    settings = {"workers": workers, "sessions": 1, "max_batch": 1}
+    with convoy(tmp_path / "models", tmp_path / "log", **settings) as draining, wire(draining) as client:
         client.send(request(RED + bytes(size)) + b"".join(behind))
         while not draining.metrics()["convoy_inflight_images"]:
             time.sleep(0.002)
