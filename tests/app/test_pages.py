@@ -59,7 +59,7 @@ def test_what_is_hidden_is_summed_up_for_prometheus_and_told_apart_for_statistic
     for version, seconds in (("1", 0.25), ("2", 0.5), ("2", 1.0)):
         metrics.for_model("m", version).infer.observe(seconds)
     assert samples(metrics)['convoy_stage_duration_seconds_sum{model="m",stage="infer"}'] == 1.75
-    sums = metrics.sums("convoy_stage_duration_seconds")
+    sums = metrics.sums("convoy_stage_duration_seconds")["convoy_stage_duration_seconds"]
     assert (sums["m", "infer", "1"][-1], sums["m", "infer", "2"][-1]) == (0.25, 1.5)
 
 
