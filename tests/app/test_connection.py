@@ -18,7 +18,7 @@ import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from app.http.connection import MAX_WAITING, Connection, _Flow, connection_of
+from app.http.connection import MAX_HEADS, MAX_WAITING, Connection, Heads, RequestHead, _Flow, connection_of
 from tests.app.watching import worker_pids
 from tests.bundles import make_bundle, plain_image
 from tests.servers import ConvoyProcess, convoy
@@ -215,6 +215,68 @@ def test_what_is_no_http_is_told_once_and_ends_the_connection(server, first):
         assert client.answer().status == 400
         assert client.ended()
     assert not troubles(server)
+
+
+@pytest.mark.parametrize(("data", "best", "closes"), FORMS.values(), ids=FORMS)
+def test_a_head_that_came_before_means_the_same_again(server, data, best, closes):
+    for _ in range(3):
+        with wire(server) as client:
+            for _ in range(1 if closes else 3):
+                client.send(data)
+                answer = client.answer()
+                assert (answer.best, answer.headers.get("connection") == "close") == (best, closes)
+                if not closes:  # between two of them: what the parser has to read on from
+                    client.send(request(GREEN) + request(BLUE))
+                    assert [client.answer().best for _ in range(2)] == ["colours: green", "colours: blue"]
+    assert not troubles(server)
+
+
+def test_a_body_that_looks_like_a_known_request_is_a_body(server):
+    known = request(RED, "/predict", "X-Request-Id: inner")
+    with wire(server) as client:
+        for _ in range(2):
+            client.send(known)
+            assert (answer := client.answer()).id == "inner" and answer.best == "colours: red"
+        for pieces in ((b"", known), (known[:5], known), (known, known), (known, known[:7])):
+            outer = request(b"".join(pieces), "/predict", "X-Request-Id: outer")
+            head = outer[: len(outer) - len(b"".join(pieces))]
+            for start in range(0, len(head), 40):  # however much of the outer head came before
+                client.send(head[:start], head[start:] + pieces[0], pieces[1])
+                assert (answer := client.answer()).id == "outer" and answer.best == "bad_image"
+        client.send(known)
+        assert client.answer().id == "inner"
+
+
+def test_what_is_learned_starts_where_a_request_does(server):
+    tail = b"the rest of a body "
+    together = tail + request(RED, "/predict", "X-Request-Id: learned")
+    with wire(server) as client:
+        for _ in range(3):
+            outer = request(b"begins, " + tail)
+            client.send(outer[: -len(tail)], together)
+            assert client.answer().best == "bad_image"
+            assert client.answer().id == "learned"
+        client.send(together)  # where a request should start, that is no HTTP
+        assert client.answer().status == 400
+        assert client.ended()
+
+
+def test_only_a_head_with_nothing_but_its_body_is_learned_and_not_too_many():
+    heads = Heads()
+    learned = RequestHead("/predict", b"", [], len(RED))
+    for data in (
+        request(RED) + b"P",
+        chunked(RED),
+        request(RED, "/predict", "X: " + "x" * 4096),
+    ):
+        heads.learn(data, learned)
+        assert heads.split(data) is None
+    for number in range(3 * MAX_HEADS):
+        heads.learn(request(RED, f"/{number}/predict"), learned)
+        assert heads.split(request(RED, f"/{number}/predict")) == (learned, RED)
+    assert heads.split(request(RED, "/1/predict")) is None
+    assert heads.split(request(RED, f"/{number}/predict")[:-1]) is None
+    assert heads.split(request(RED, f"/{number}/predict") + b"x") is None
 
 
 def troubles(server) -> list[dict]:
