@@ -10,7 +10,7 @@ import grpc
 
 from app.admission import Ticket
 from app.engine import Engine
-from app.errors import BadRequestError, ConvoyError, NotOfferedError, UnavailableError, UnknownModelError
+from app.errors import ConvoyError, NotOfferedError, UnavailableError, UnknownModelError
 from app.grpc import inference_pb2 as pb
 from app.grpc.calls import Call, Calls, Context
 from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, request_of, response_of
@@ -121,17 +121,17 @@ class Methods(grpc.GenericRpcHandler):
 
     async def _model_metadata(self, request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
         model = self._engine.model(request.name, request.version or None)
-        return filled(pb.ModelMetadataResponse(), metadata.model_metadata(model, [model.version]))
+        return filled(pb.ModelMetadataResponse(), metadata.model_metadata(model, self._repository))
 
     async def _model_config(self, request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
         model = self._engine.model(request.name, request.version or None)
         return pb.ModelConfigResponse(config=filled(pb.ModelConfig(), metadata.model_config(model)))
 
     async def _model_statistics(self, request: pb.ModelStatisticsRequest, call: Call) -> pb.ModelStatisticsResponse:
+        models = metadata.served(self._repository, request.name or None)
         if request.name:
-            models = [self._engine.model(request.name, request.version or None)]
-        else:
-            models = [entry.model for entry in self._repository.entries.values() if entry.model is not None]
+            model = self._engine.model(request.name, request.version or None)
+            models = [model] if request.version else models
         return filled(pb.ModelStatisticsResponse(), metadata.statistics(models, self._metrics))
 
     async def _repository_index(self, request: pb.RepositoryIndexRequest, call: Call) -> pb.RepositoryIndexResponse:
@@ -157,9 +157,7 @@ class Methods(grpc.GenericRpcHandler):
 
     async def _load(self, request: pb.RepositoryModelLoadRequest, call: Call) -> pb.RepositoryModelLoadResponse:
         name = _model_of(request)
-        for parameter in request.parameters:
-            if parameter == "config" or parameter.startswith("file:"):
-                raise BadRequestError(f"The parameter '{parameter[:80]}' is refused: models come from the disk alone.")
+        metadata.refuse_foreign(request.parameters)
         await self._offered_operations().load(name)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
