@@ -13,7 +13,7 @@ from app.engine import Engine
 from app.errors import BadRequestError, ConvoyError, NotOfferedError, UnavailableError, UnknownModelError
 from app.grpc import inference_pb2 as pb
 from app.grpc.calls import Call, Calls, Context
-from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, request_of, response_of
+from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, parse_inference, request_of, response_of
 from app.metrics import Metrics
 from app.repository import Repository
 from app.v2 import metadata
@@ -76,24 +76,24 @@ class Methods(grpc.GenericRpcHandler):
         self._operations = operations
         quiet = {"quiet": True}
         offered: list[tuple[str, Any, Any, dict[str, bool]]] = [
-            ("ServerLive", self._server_live, pb.ServerLiveRequest, quiet),
-            ("ServerReady", self._server_ready, pb.ServerReadyRequest, quiet),
-            ("ModelReady", self._model_ready, pb.ModelReadyRequest, quiet),
-            ("ServerMetadata", self._server_metadata, pb.ServerMetadataRequest, {}),
-            ("ModelMetadata", self._model_metadata, pb.ModelMetadataRequest, {}),
-            ("ModelConfig", self._model_config, pb.ModelConfigRequest, {}),
-            ("ModelStatistics", self._model_statistics, pb.ModelStatisticsRequest, {}),
-            ("ModelInfer", self._model_infer, pb.ModelInferRequest, {}),
-            ("RepositoryIndex", self._repository_index, pb.RepositoryIndexRequest, {}),
-            ("RepositoryModelLoad", self._load, pb.RepositoryModelLoadRequest, {}),
-            ("RepositoryModelUnload", self._unload, pb.RepositoryModelUnloadRequest, {}),
+            ("ServerLive", self._server_live, pb.ServerLiveRequest.FromString, quiet),
+            ("ServerReady", self._server_ready, pb.ServerReadyRequest.FromString, quiet),
+            ("ModelReady", self._model_ready, pb.ModelReadyRequest.FromString, quiet),
+            ("ServerMetadata", self._server_metadata, pb.ServerMetadataRequest.FromString, {}),
+            ("ModelMetadata", self._model_metadata, pb.ModelMetadataRequest.FromString, {}),
+            ("ModelConfig", self._model_config, pb.ModelConfigRequest.FromString, {}),
+            ("ModelStatistics", self._model_statistics, pb.ModelStatisticsRequest.FromString, {}),
+            ("ModelInfer", self._model_infer, parse_inference, {}),
+            ("RepositoryIndex", self._repository_index, pb.RepositoryIndexRequest.FromString, {}),
+            ("RepositoryModelLoad", self._load, pb.RepositoryModelLoadRequest.FromString, {}),
+            ("RepositoryModelUnload", self._unload, pb.RepositoryModelUnloadRequest.FromString, {}),
         ]
         self._handlers = {
-            f"/{SERVICE}/{name}": calls.unary(f"/{SERVICE}/{name}", method, message, **options)
-            for name, method, message, options in offered
+            f"/{SERVICE}/{name}": calls.unary(f"/{SERVICE}/{name}", method, parse, **options)
+            for name, method, parse, options in offered
         }
         route = f"/{SERVICE}/ModelStreamInfer"
-        self._handlers[route] = calls.stream(route, self._model_stream_infer, pb.ModelInferRequest, _refused_in_stream)
+        self._handlers[route] = calls.stream(route, self._model_stream_infer, parse_inference, _refused_in_stream)
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """Return a method's handler; None: it is none of this service."""

@@ -12,11 +12,14 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_tools import protoc
 
+from app.errors import TooLargeError
 from app.grpc import inference_pb2 as pb
+from app.grpc import messages as messages_module
 from app.grpc.entry import access_of
 from app.grpc.methods import SERVICE
 from app.keys import Access, make_key
@@ -187,8 +190,62 @@ def test_bytes_that_are_no_message_are_the_callers_mistake(caller, served):
     with pytest.raises(grpc.RpcError) as caught:
         raw(b"\xff" * 100)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "no inference.ModelInferRequest" in caught.value.details()
+    assert "not what this method takes" in caught.value.details()
     assert not [line for line in served.lines() if line["level"] == "error"]
+
+
+PARTS = {
+    "inputs": lambda: pb.ModelInferRequest(inputs=[pb.ModelInferRequest.InferInputTensor(name="image")] * 40_000),
+    "raws": lambda: pb.ModelInferRequest(raw_input_contents=[b"123456"] * 60_000),
+    "strings": lambda: with_contents(bytes_contents=[b"123456"] * 60_000),
+    "numbers": lambda: with_contents(uint_contents=[1] * 500_000),
+}
+
+
+def with_contents(**lists: object) -> pb.ModelInferRequest:
+    contents = pb.InferTensorContents(**lists)
+    tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1], contents=contents)
+    return pb.ModelInferRequest(model_name="colours", inputs=[tensor])
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_large_message_of_too_many_parts_is_never_parsed(monkeypatch, kind):
+    monkeypatch.setattr(messages_module, "_CONTENTS", {**messages_module._CONTENTS})
+    monkeypatch.setitem(messages_module._INPUT, 5, {**messages_module._CONTENTS, 4: 400_000})
+    data = PARTS[kind]().SerializeToString()
+    assert len(data) > messages_module.SMALL_MESSAGE
+    with pytest.raises(TooLargeError, match="raw_input_contents"):
+        messages_module.parse_inference(data)
+
+
+def test_a_large_message_of_few_parts_is_parsed():
+    for request in (
+        pb.ModelInferRequest(model_name="a", raw_input_contents=[bytes(1_000_000)] * 3),
+        with_contents(uint_contents=[300] * 400_000),
+        with_contents(fp64_contents=[0.5] * 400_000),
+        with_contents(bytes_contents=[bytes(100)] * 15_000),
+    ):
+        assert messages_module.parse_inference(request.SerializeToString()) == request
+
+
+@pytest.mark.parametrize("cut", [1, 2, 300_000, 300_020])
+def test_a_large_message_that_is_cut_off_is_told(cut):
+    data = with_contents(uint_contents=[300] * 400_000).SerializeToString()
+    with pytest.raises(DecodeError):
+        messages_module.parse_inference(data[:-cut])
+
+
+def test_a_refused_request_is_freed_with_its_answer(tmp_path):
+    """Exceptions hold frames, and they the request: a ring would stay until the garbage collector comes."""
+    make_bundle(tmp_path / "models")
+    port = free_port()
+    big = broken(lambda request: request.raw_input_contents.append(bytes(8_000_000)))
+    with convoy(tmp_path / "models", tmp_path / "log", grpc_port=port) as server, Caller(port) as caller:
+        caller.refusal(big)
+        before = server.metrics()["process_resident_memory_bytes"]
+        for _ in range(20):
+            assert "raw_input_contents" in caller.refusal(big).details()
+        assert server.metrics()["process_resident_memory_bytes"] - before < 60_000_000  # of 160 that came
 
 
 def test_a_message_beyond_the_limit_is_refused_unpacked_or_not(caller):
