@@ -178,9 +178,9 @@ class Admission:
         self._metrics.inflight_pixels.set(self.pixels)
 
     def lane(self, metrics: ModelMetrics) -> Lane:
-        """Return the lane of the model that `metrics` belongs to."""
+        """Return the lane of the model that `metrics` belongs to; its versions share one."""
         lane = self._lanes.get(metrics.model)
-        if lane is None or lane.metrics is not metrics:
+        if lane is None:
             limit = self.limits.model_images.get(metrics.model, self.limits.images)
             lane = Lane(metrics, min(limit, self.limits.images), self.limits.queue_target_s, self._clock)
             self._lanes[metrics.model] = lane

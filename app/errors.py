@@ -117,6 +117,13 @@ class UnavailableError(ConvoyError):
     code = "unavailable"
 
 
+class LoadFailedError(ConvoyError):
+    """A version that somebody asked for could not be loaded; what was served before still is."""
+
+    status = 409
+    code = "load_failed"
+
+
 class DeadlineError(ConvoyError):
     """The request's deadline passed before its answer was ready."""
 

@@ -109,6 +109,11 @@ class Family(Generic[Child]):
             child = self._children[values] = self._make(tuple(map(str, values)))
         return child
 
+    def forget(self, values: tuple[str, ...]) -> None:
+        """Forget the child with these label values, whose place in the page is about to be another's."""
+        for known in [known for known in self._children if tuple(map(str, known)) == values]:
+            del self._children[known]
+
     def _make(self, values: tuple[str, ...]) -> Child:
         raise NotImplementedError
 
@@ -154,7 +159,7 @@ class Gauge(Family[Number]):
 
     def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
         """See `Family.expose`."""
-        family = GaugeMetricFamily(self.name, self.help_text, labels=self.label_names)
+        family = GaugeMetricFamily(self.name, self.help_text, labels=self.label_names[: self.shown])
         for values, (total,) in totals.items():
             # Of a state that several processes are in there is still one.
             family.add_metric(values, min(total, 1) if self.name.endswith("_info") else total)
@@ -274,7 +279,9 @@ class Metrics:
         self.last_inference = self._latest(
             "convoy_last_inference_timestamp_seconds", "When the last session run ended.", "model", "version"
         )
-        self.queue_rows = self._gauge("convoy_queue_rows", "Decoded images that wait for a session.", "model")
+        self.queue_rows = self._gauge(
+            "convoy_queue_rows", "Decoded images that wait for a session.", "model", "version", hidden=1
+        )
         self.inflight_requests = self._gauge("convoy_inflight_requests", "Requests being worked on.", "model")
         self.inflight_images = self._gauge("convoy_inflight_images", "Images admitted and unanswered.").labels()
         self.inflight_bytes = self._gauge("convoy_inflight_bytes", "Bytes of request bodies held.").labels()
@@ -313,6 +320,19 @@ class Metrics:
         """Resolve the children of one model."""
         return ModelMetrics(self, model, version)
 
+    def forget(self, model: str, version: str) -> None:
+        """Show nothing of a version any more, and give its place to others; nobody may count there from now on."""
+        gone = []
+        for series in self.page.series():
+            family = self.families.get(series.name)
+            if family is None or len(family.label_names) != len(series.labels):
+                continue
+            labels = dict(zip(family.label_names, series.labels, strict=True))
+            if (labels.get("model"), labels.get("version")) == (model, version):
+                family.forget(series.labels)
+                gone.append(series)
+        self.page.forget(gone)
+
     def render(self) -> bytes:
         """Return the Prometheus text exposition of every series, summed over all pages."""
         return generate_latest(self.registry)
@@ -326,8 +346,8 @@ class Metrics:
         self.families[name] = family
         return family
 
-    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
-        family = Gauge(self.page, name, help_text, labels)
+    def _gauge(self, name: str, help_text: str, *labels: str, hidden: int = 0) -> Gauge:
+        family = Gauge(self.page, name, help_text, labels, hidden=hidden)
         self.families[name] = family
         return family
 
@@ -359,7 +379,7 @@ class ModelMetrics:
         self._batches = metrics.batches.labels(model, version)
         self._batch_seconds = metrics.batch_seconds.labels(model, version)
         self._last_inference = metrics.last_inference.labels(model, version)
-        self.queue_rows = metrics.queue_rows.labels(model)
+        self.queue_rows = metrics.queue_rows.labels(model, version)
         self.inflight_requests = metrics.inflight_requests.labels(model)
         stages = {stage: metrics.stage_duration.labels(model, stage, version) for stage in STAGES}
         self.decode, self.queue, self.infer, self.post = (stages[stage] for stage in STAGES)

@@ -11,10 +11,10 @@ from app.golden import prove
 from app.images import decode, forbid_pillow_guesses
 from app.loading import check_graph
 from app.manifest import Bundle, read_bundle, verify_files
-from app.repository import default_of, find_models
 from app.scores import Score, top_k
 from app.sessions import ClassifierSession
 from app.settings import Settings
+from app.versions import default_of, find_models
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 

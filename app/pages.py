@@ -1,7 +1,7 @@
 """Pages: the numbers of one process, in memory that the others can read.
 
 A page is a fixed region that one process writes and any may read: a header (who writes it, in which state it is), a
-note (one JSON object), a directory of series that only grows, and an array of float64 slots. It outlives its writer:
+note (one JSON object), a directory of series, and an array of float64 slots. It outlives its writer:
 the next one takes it over and goes on counting where the last one was killed. Knows nothing of metrics' kinds, HTTP or
 models.
 
@@ -22,8 +22,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -38,6 +38,10 @@ NO_VALUE = math.nan
 _SLOT = 8
 _NOTE, _DIRECTORY, _SLOTS = 1 << 10, 128 << 10, 512 << 10
 _PID, _STATE, _HEARTBEAT, _CONNECTIONS, _DIRECTORY_USED, _SLOTS_USED, _NOTE_VERSION, _NOTE_BYTES = range(8)
+_EPOCH = 8
+"""Of the directory's lines: odd while one is rewritten, another number afterwards."""
+_LINE = 32
+"""Lines are multiples of it, so that one which is free fits the next series of its kind."""
 _COLLECTIONS = 16
 # The first slots are a waste bin: what finds no room is written there, and nobody reads it.
 _WASTE, _FIRST = _SLOTS // _SLOT, _SLOTS // _SLOT + MAX_WIDTH
@@ -73,6 +77,11 @@ class Page:
         self._memory = memory
         self._series: dict[tuple[str, tuple[str, ...], int], Series] = {}
         self._directory_read = 0
+        self._epoch_read = 0.0
+        self._places: dict[tuple[str, tuple[str, ...], int], tuple[int, int]] = {}
+        """Of each series' line: its start and its length, in bytes."""
+        self._free: list[tuple[int, int, int, int]] = []
+        """Of each free line: its start and length, and width and first slot of the series that was there."""
         self._lock = threading.Lock()
         self._full = False
 
@@ -135,6 +144,7 @@ class Page:
         for field in (_PID, _STATE, _CONNECTIONS, *range(_COLLECTIONS, _COLLECTIONS + 9)):
             self.slots[field] = 0
         self._write_note(b"")
+        self.slots[_EPOCH] += self.slots[_EPOCH] % 2  # odd: it was killed while it rewrote a line
         for series in self.series():
             if series.gauge:
                 self.slots[series.first] = NO_VALUE
@@ -149,9 +159,17 @@ class Page:
 
     def tell(self, state: WriterState, note: dict[str, Any]) -> None:
         """Say in which state the writer is, with a note; one that is too long is left out."""
-        text = json.dumps(note, ensure_ascii=True).encode()
-        self._write_note(text if len(text) <= _DIRECTORY - _NOTE else b"")
+        if not self.write_note(note):
+            self._write_note(b"")
         self.slots[_STATE] = state
+
+    def write_note(self, note: dict[str, Any]) -> bool:
+        """Replace the note; False: it is too long, and the old one stays."""
+        text = json.dumps(note, ensure_ascii=True).encode()
+        if len(text) > _DIRECTORY - _NOTE:
+            return False
+        self._write_note(text)
+        return True
 
     def series(self) -> list[Series]:
         """Return every series that has been entered so far."""
@@ -171,35 +189,85 @@ class Page:
             known = self._series.get((name, labels, width))
             return self._enter(name, labels, width, gauge) if known is None else known.first
 
+    def forget(self, gone: Sequence[Series]) -> None:
+        """Take series off the directory; their places are given to others. Only the writer may."""
+        with self._lock, self._rewriting():
+            for name, labels, width, _, first in gone:
+                start, length = self._places[name, labels, width]
+                self._write_line(start, length, [None, [], width, False, first])
+
     def _enter(self, name: str, labels: tuple[str, ...], width: int, gauge: bool) -> int:
         first = _FIRST + int(self.slots[_SLOTS_USED])
-        line = json.dumps([name, labels, width, gauge, first], ensure_ascii=True).encode() + b"\n"
-        end = self._directory_read + len(line)
+        text = json.dumps([name, labels, width, gauge, first], ensure_ascii=True)
+        length = -(-(len(text) + 1) // _LINE) * _LINE
+        for free in self._free:
+            if free[2] == width and free[1] >= length:
+                return self._reuse(free, name, labels, gauge)
+        end = self._directory_read + length
         if end > _SLOTS - _DIRECTORY or first + width > len(self.slots):
             if not self._full:
                 log.error("metrics page is full: new series are not shown", extra={"series": name, "page": self.number})
                 self._full = True
             return _WASTE
-        self._memory[_DIRECTORY + self._directory_read : _DIRECTORY + end] = line
+        self._write_line(self._directory_read, length, [name, labels, width, gauge, first])
         self.slots[_SLOTS_USED] += width
         # Last: a reader takes only what is within this length.
         self.slots[_DIRECTORY_USED] = end
         self._read_directory()
         return first
 
+    def _reuse(self, free: tuple[int, int, int, int], name: str, labels: tuple[str, ...], gauge: bool) -> int:
+        start, length, width, first = free
+        for slot in range(first, first + width):
+            self.slots[slot] = 0
+        with self._rewriting():
+            self._write_line(start, length, [name, labels, width, gauge, first])
+        return first
+
+    @contextmanager
+    def _rewriting(self) -> Iterator[None]:
+        """Change lines that readers have read; afterwards they read all of them again, and so does this process."""
+        epoch = int(self.slots[_EPOCH]) | 1  # odd: a line is being rewritten, or its writer was killed in the middle
+        self.slots[_EPOCH] = epoch
+        try:
+            yield
+        finally:
+            self.slots[_EPOCH] = epoch + 1
+            self._read_directory()
+
+    def _write_line(self, start: int, length: int, content: list[Any]) -> None:
+        line = json.dumps(content, ensure_ascii=True).encode().ljust(length - 1) + b"\n"
+        self._memory[_DIRECTORY + start : _DIRECTORY + start + length] = line
+
     def _read_directory(self) -> None:
-        """Read the lines that came since; holds the lock."""
+        """Read the lines that came since, or all where one has changed; holds the lock."""
+        epoch = self.slots[_EPOCH]
+        if epoch != self._epoch_read:
+            self._series, self._places, self._free, self._directory_read = {}, {}, [], 0
         used = int(self.slots[_DIRECTORY_USED])
         if used == self._directory_read:
             return
-        lines = bytes(self._memory[_DIRECTORY + self._directory_read : _DIRECTORY + used])
+        start = self._directory_read
+        lines = bytes(self._memory[_DIRECTORY + start : _DIRECTORY + used])
+        readable = True
         for line in lines.splitlines(keepends=True):
             try:
                 name, labels, width, gauge, first = json.loads(line)
-            except ValueError:  # the length was seen before the line, as some processors may: next time it is there
-                return
-            self._series[name, tuple(labels), width] = Series(name, tuple(labels), width, gauge, first)
-            self._directory_read += len(line)
+            except ValueError:
+                # The length was seen before the line, as some processors may, or it is just rewritten: next time it is
+                # there. Unless its writer was killed in the middle: the others are.
+                readable = False
+            else:
+                if name is None:
+                    self._free.append((start, len(line), width, first))
+                else:
+                    key = name, tuple(labels), width
+                    self._series[key] = Series(name, tuple(labels), width, gauge, first)
+                    self._places[key] = start, len(line)
+            start += len(line)
+        self._directory_read = start
+        # Anything but this epoch has all lines read again.
+        self._epoch_read = epoch if readable and epoch % 2 == 0 and epoch == self.slots[_EPOCH] else -1.0
 
     def _write_note(self, text: bytes) -> None:
         version = int(self.slots[_NOTE_VERSION]) | 1  # odd: it is being written, or its writer was killed in the middle
@@ -219,12 +287,21 @@ def private_page() -> Page:
 def create_shared(count: int) -> int:
     """Return a descriptor of memory for `count` pages, for `open_shared` here and in processes that inherit it."""
     descriptor = os.memfd_create("convoy-pages")
-    os.ftruncate(descriptor, count * PAGE_BYTES)
+    os.ftruncate(descriptor, (count + 1) * PAGE_BYTES)
     return descriptor
 
 
 def open_shared(descriptor: int) -> Sequence[Page]:
-    """Return the pages behind a descriptor."""
+    """Return the pages behind a descriptor, one for each process."""
+    return _all_shared(descriptor)[:-1]
+
+
+def open_common(descriptor: int) -> Page:
+    """Return the page behind a descriptor that belongs to no process, but to all."""
+    return _all_shared(descriptor)[-1]
+
+
+def _all_shared(descriptor: int) -> Sequence[Page]:
     memory = memoryview(mmap.mmap(descriptor, 0))
     starts = range(0, len(memory), PAGE_BYTES)
     return [Page(memory[start : start + PAGE_BYTES], number) for number, start in enumerate(starts, 1)]

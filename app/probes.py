@@ -97,7 +97,7 @@ def readiness(pages: Sequence[Page]) -> tuple[int, dict[str, Any]]:
 
 def _trust(state: str) -> int:
     """Order what workers say of a model: the service has it when one of them has."""
-    return ("failed", "loading", "ready").index(state)
+    return ("unloaded", "unloading", "failed", "loading", "ready").index(state)
 
 
 class ProbePort:

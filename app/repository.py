@@ -1,221 +1,543 @@
-"""The repository: which models there are, which version of each is served, and in what state it is.
+"""The repository: which models there are, their versions, and which of them answers.
 
-Reads `<root>/<name>/<version>/`, proves each bundle before it is served, and keeps one broken bundle from touching
-the others. Knows nothing of requests.
+One thread changes it (`operations.py` says when): it compares a model's folder with what is loaded, opens what is
+missing beside the running service, switches in one step, and lets the old versions finish what they hold. A version
+that fails changes nothing. Everybody else only looks things up. Knows nothing of requests, nor of other processes.
 """
 
 import logging
-import re
 import threading
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from app.batcher import Batcher
+from app.board import NO_WISH, Standing, Wish
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
 from app.loading import Load, LoadedModel
-from app.manifest import NAME_PATTERN, VERSION_PATTERN
 from app.metrics import Metrics
+from app.versions import THE_LATEST, Folder, Selection, Stamp, read_folder, stamp_of
 
 log = logging.getLogger(__name__)
 
-FIRST_CHOICE = "imagenet"
-"""The default model where nothing else is said: the one that comes along."""
+RETIRING_STEP_S = 0.02
+SHOWN_RETIRED = 5
+"""Versions of a model that are gone, and whose numbers are still shown: Prometheus should see their last ones."""
 
 
 class State(StrEnum):
-    """Where a model is between the disk and its first answer."""
+    """Where a version is between the disk and its last answer."""
 
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+    UNLOADING = "unloading"
+    UNLOADED = "unloaded"
 
 
 @dataclass(slots=True)
-class Entry:
-    """One model of the repository, as `GET /models` shows it."""
+class Version:
+    """One version of a model.
+
+    Attributes:
+        name, version, directory: whose, which, and where it is.
+        state: where it is; READY whenever it answers.
+        reason: why it failed, or why what has changed in its directory is not served.
+        load_s: how long its loading took, seconds.
+        model: what answers; None: nothing does.
+    """
 
     name: str
     version: str
     directory: Path
-    state: State = State.LOADING
+    state: State = State.UNLOADED
     reason: str = ""
     load_s: float = 0.0
     model: LoadedModel | None = None
+    stamp: Stamp = ()
     shown: tuple[str, ...] = ()
 
 
-class Repository:
-    """The models under one directory: the highest version of each name."""
+@dataclass(slots=True)
+class Entry:
+    """One model; state, reason and model are those of its active version.
 
-    def __init__(self, root: Path, metrics: Metrics, *, default: str, load: Load) -> None:
-        """Find the models; `load_all` loads them.
+    Attributes:
+        name, path: whose, and where its folder is.
+        versions: all that are loaded or lie in the folder, by number, newest first. Replaced, never changed.
+        active: the version for whoever names none; empty: there is none.
+        aliases: names for versions, and which they mean now.
+        fault: what is wrong with the folder as a whole, or with a version that should be served and is not.
+        off: it was unloaded as a whole.
+        changing: its versions are being opened.
+    """
+
+    name: str
+    path: Path
+    versions: Mapping[str, Version] = field(default_factory=dict)
+    active: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    fault: str = ""
+    off: bool = False
+    changing: bool = False
+
+    @property
+    def version(self) -> str:
+        """The active version."""
+        return self.active
+
+    @property
+    def state(self) -> State:
+        """The active version's; without one UNLOADED where that was asked for, else FAILED.
+
+        LOADING while nothing answers and something is being opened: where one version fails, the next is tried.
+        """
+        if self.changing and self.model is None:
+            return State.LOADING
+        if self.active in self.versions:
+            return self.versions[self.active].state
+        return State.UNLOADED if self.off else State.FAILED
+
+    @property
+    def reason(self) -> str:
+        """Why it is in that state, or what else is wrong with it; empty: all is well."""
+        own = self.versions[self.active].reason if self.active in self.versions else ""
+        return own or self.fault
+
+    @property
+    def model(self) -> LoadedModel | None:
+        """What answers whoever names no version."""
+        return self.versions[self.active].model if self.active in self.versions else None
+
+
+class _Change:
+    """One comparison of a model's folder with what is loaded, on its way to the switch."""
+
+    def __init__(self, entry: Entry, folder: Folder, wish: Wish, refused: Mapping[str, str], starting: bool) -> None:
+        self.folder, self.wish, self.refused, self.starting = folder, wish, refused, starting
+        self.pinned = [] if wish.off else [number for number in folder.policy.pinned if number not in wish.out]
+        numbers = {*folder.versions, *self.pinned, *wish.on, *folder.policy.selection(Selection()).listed}
+        numbers |= {number for number, version in entry.versions.items() if version.model is not None}
+        self.versions = {
+            number: entry.versions.get(number) or Version(entry.name, number, folder.path / number)
+            for number in sorted(numbers, key=int, reverse=True)
+        }
+        self.opened: dict[str, tuple[LoadedModel, Stamp, float]] = {}
+        """What was loaded for the switch, when its directory looked how, in how many seconds."""
+        self.faults: dict[str, str] = {}
+        self.active = entry.active
+        self.aliases = dict(entry.aliases)
+        self.kept: set[str] = set()
+
+    def can_serve(self, number: str | None) -> bool:
+        """Tell whether a version will be able to answer after the switch."""
+        version = self.versions.get(number or "")
+        return version is not None and (number in self.opened or version.model is not None)
+
+    def may_stay(self, number: str) -> bool:
+        """Tell whether a version that is loaded already may go on in place of one that fails."""
+        return self.can_serve(number) and number in self.folder.versions and number not in self.wish.out
+
+    def decide(self, served: list[str]) -> None:
+        """Decide which version is active, what the aliases mean, and which versions stay.
 
         Args:
-            root: directory of bundles.
-            metrics: where states and figures are shown.
-            default: name of the default model; empty: imagenet, or the only one.
-            load: opens a version.
-
-        Raises:
-            SettingsError: `root` does not exist or holds no model, or `default` is none of them.
+            served: what the policy asks for and can answer, newest first.
         """
+        policy, wish = self.folder.policy, self.wish
+        extra = sorted((number for number in wish.on if self.can_serve(number)), key=int, reverse=True)
+        wanted = None if wish.off or policy.active in wish.out else policy.active
+        aliases = {} if wish.off else {alias: to for alias, to in policy.aliases.items() if to not in wish.out}
+        for alias, target in aliases.items():
+            before = self.aliases.get(alias, "")
+            if not self.can_serve(target) and self.may_stay(before):
+                aliases[alias] = before
+        self.aliases = aliases
+        if wanted is not None and (self.can_serve(wanted) or not self.may_stay(self.active)):
+            self.active = wanted
+        elif wanted is None:
+            tried = [number for number in self.faults if number]
+            self.active = next(iter([*served, *extra, *tried]), "")
+        self.kept = {*served, *extra, *self.pinned, self.active, *aliases.values()}
+
+
+@dataclass(slots=True)
+class _Retirement:
+    """A model that gets no new work, and ends with the last request that holds it."""
+
+    name: str
+    version: str
+    batcher: Batcher
+    thread: threading.Thread
+
+
+class Repository:
+    """The models under one directory."""
+
+    def __init__(
+        self,
+        root: Path,
+        metrics: Metrics,
+        *,
+        folders: list[Folder],
+        default: str,
+        load: Load,
+        selection: Selection = THE_LATEST,
+        patience_s: float = 60.0,
+    ) -> None:
+        """Enter the models; `refresh` loads them.
+
+        Args:
+            root: the directory.
+            metrics: where states and figures are shown.
+            folders: what is in it.
+            default: name of the default model; empty: there is none.
+            load: opens a version.
+            selection: which versions are served where a model's folder does not say it.
+            patience_s: how long a request may hold a version that has been replaced, seconds; then it is closed.
+        """
+        self.root = root
+        self.default = default
+        self.entries: Mapping[str, Entry] = {}
+        """Every model by its name. Replaced, never changed: whoever looks through it needs no lock."""
+        self.started = False
+        """Whether every model has been loaded once, or failed."""
         self._metrics = metrics
         self._open = load
-        self.entries = {entry.name: entry for entry in find_models(root)}
-        self.default = default_of(self.entries, default)
-        self._stopping = threading.Event()
-        for entry in self.entries.values():
-            self._show(entry)
+        self._selection = selection
+        self._patience_s = patience_s
+        self._served: dict[tuple[str | None, str | None], LoadedModel] = {}
+        self._retiring: list[_Retirement] = []
+        self._gone: dict[str, deque[str]] = {}
+        self._on_retired: Callable[[], None] = lambda: None
+        for folder in folders:
+            entry = Entry(folder.name, folder.path, active=folder.version)
+            entry.versions = {
+                version: Version(folder.name, version, folder.path / version, State.LOADING)
+                for version in [folder.version]
+                if version
+            }
+            entry.versions = entry.versions or {"": Version(folder.name, "", folder.path, State.LOADING)}
+            self.entries = {**self.entries, folder.name: entry}
+            for version in entry.versions.values():
+                self._show(version)
 
-    def load_all(self) -> None:
-        """Load every model in turn, the default one first; blocks. A failure is kept in its entry and logged.
-
-        Raises:
-            SettingsError: a setting makes every model impossible (a device that is not there).
-        """
-        for entry in sorted(self.entries.values(), key=lambda entry: entry.name != self.default):
-            if self._stopping.is_set():
-                return
-            self._load(entry)
+    def expect(self, standing: Mapping[str, Standing]) -> None:
+        """Take over which versions the other workers serve where one that should be is broken; before `refresh`."""
+        for name, what in standing.items():
+            if name in self.entries:
+                self.entries[name].active, self.entries[name].aliases = what.active, what.aliases
 
     def get(self, name: str | None = None, version: str | None = None) -> LoadedModel:
-        """Return a model that takes work; None means the default one, and the version that is served.
+        """Return a model that takes work.
+
+        Args:
+            name: None: the default one.
+            version: a number or an alias; None: the active one.
 
         Raises:
             UnknownModelError: there is no model of that name, or no such version.
-            UnavailableError: it is loading, or it failed to load.
+            UnavailableError: it is loading, it failed to load, or it was unloaded.
         """
+        model = self._served.get((name, version))
+        return self._explain(name, version) if model is None else model
+
+    def _explain(self, name: str | None, version: str | None) -> LoadedModel:
+        """Return a model that is asked for in an unusual way, or say why there is none."""
         name = name or self.default
         if not name:
             raise UnknownModelError(f"No model is the default one: ask for one by name, among {self._known()}.")
         entry = self.entries.get(name)
         if entry is None:
             raise UnknownModelError(f"There is no model '{name[:80]}' here; there are: {self._known()}.")
-        if version is not None and version != entry.version:
-            raise UnknownModelError(f"Model '{entry.name}' has no version '{version[:20]}'; served is {entry.version}.")
-        if entry.model is not None:
-            return entry.model
-        if entry.state is State.LOADING:
-            raise UnavailableError(f"Model '{entry.name}' is still loading; try again in a moment.", code="loading")
-        raise UnavailableError(f"Model '{entry.name}' failed to load: {entry.reason}", code="model_failed")
+        if model := self._served.get((name, version or None)):
+            return model
+        if version:
+            found = entry.versions.get(entry.aliases.get(version, version))
+            if found is None or found.state in (State.UNLOADED, State.UNLOADING):
+                served = [number for number, other in entry.versions.items() if other.model is not None]
+                raise UnknownModelError(
+                    f"Model '{name}' has no version '{version[:40]}'; "
+                    f"served {'is' if len(served) == 1 else 'are'} {', '.join([*served, *entry.aliases]) or 'none'}."
+                )
+            raise _unavailable(f"Version {found.version} of model '{name}'", found.state, found.reason)
+        raise _unavailable(f"Model '{name}'", entry.state, entry.reason)
 
     def why_not_ready(self, require_all: bool) -> str:
         """Return why the service should get no traffic yet, or an empty string."""
-        loading = [entry.name for entry in self.entries.values() if entry.state is State.LOADING]
-        if loading:
+        entries = self.entries
+        loading = [entry.name for entry in entries.values() if entry.state is State.LOADING]
+        if loading and not self.started:
             return f"Loading: {', '.join(loading)}."
-        failed = [entry.name for entry in self.entries.values() if entry.state is State.FAILED]
-        if self.default in failed:
-            return f"The default model '{self.default}' failed to load."
-        if failed and (require_all or len(failed) == len(self.entries)):
+        default = entries.get(self.default)
+        if self.default and (default is None or default.model is None):
+            state = State.UNLOADED if default is None else default.state
+            what = {State.LOADING: "is loading", State.FAILED: "failed to load"}.get(state, "is unloaded")
+            return f"The default model '{self.default}' {what}."
+        failed = [entry.name for entry in entries.values() if entry.state is State.FAILED]
+        if failed and (require_all or len(failed) == len(entries)):
             return f"Failed to load: {', '.join(failed)}."
-        return ""
+        return "" if any(entry.model for entry in entries.values()) else "No model is loaded."
+
+    def refresh(
+        self, name: str, wish: Wish = NO_WISH, refused: Mapping[str, str] | None = None, *, starting: bool = False
+    ) -> dict[str, str]:
+        """Serve of a model what its folder and the operators want, and nothing else; blocks.
+
+        Args:
+            name: the model's.
+            wish: what was asked for beyond the folder.
+            refused: versions that have failed elsewhere for the same wish, and why: they are not tried.
+            starting: nothing is served yet, so a setting that makes it impossible is raised.
+
+        Returns:
+            Why, for each version that should be served and is not; under an empty name, what is wrong with the folder.
+
+        Raises:
+            SettingsError: `starting`, and a setting makes every model impossible (a device that is not there).
+        """
+        self._end_retirements(wait=True)  # so that memory never holds more than the old version and the new one
+        folder = read_folder(self.root / name)
+        entry = self.entries.get(name)
+        if entry is None and not folder.path.is_dir():
+            return {}
+        entry = entry or Entry(name, folder.path)
+        self.entries = {**self.entries, name: entry}
+        if folder.fault and entry.model is not None:
+            entry.fault = folder.fault
+            log.error("nothing is changed", extra={"model": name, "reason": folder.fault})
+            return {"": folder.fault}
+        change = _Change(entry, folder, wish, refused or {}, starting)
+        entry.versions = change.versions
+        entry.changing = True
+        try:
+            self._prepare(change)
+            self._switch(entry, change)
+        finally:
+            entry.changing = False
+        return change.faults
 
     def close(self) -> None:
         """Let every batcher finish what it holds, and stop; blocks."""
-        self._stopping.set()
-        for entry in self.entries.values():
-            if entry.model is not None:
-                entry.model.batcher.close()
+        batchers = [version.model.batcher for version in self._versions() if version.model is not None]
+        for batcher in [*batchers, *(retirement.batcher for retirement in self._retiring)]:
+            batcher.close()
 
-    def _known(self) -> str:
-        return ", ".join(sorted(self.entries))
+    def sweep(self) -> None:
+        """Forget versions whose last request has ended."""
+        self._end_retirements(wait=False)
 
-    def _load(self, entry: Entry) -> None:
+    def call_when_retired(self, told: Callable[[], None]) -> None:
+        """Have `told` called, from another thread, whenever a version's last request has ended."""
+        self._on_retired = told
+
+    def _prepare(self, change: _Change) -> None:
+        """Open whatever is wanted and is not loaded, and decide what is served then."""
+        folder, wish = change.folder, change.wish
+        served: list[str] = []
+        if folder.fault:
+            change.faults[""] = folder.fault
+        elif not folder.versions and not wish.off and folder.path.is_dir():
+            change.faults[""] = (
+                f"{folder.path} holds no version that can be read: a bundle lies in {folder.path / '1'}."
+            )
+        if "" in change.faults:
+            log.error("model failed", extra={"model": folder.name, "reason": change.faults[""]})
+        if not wish.off:
+            selection = folder.policy.selection(self._selection)
+            candidates = selection.candidates(folder.versions)
+            for number in [number for number in candidates if number not in wish.out]:
+                if selection.latest and len(served) == selection.latest:
+                    break
+                if self._bring(change, number):
+                    served.append(number)
+        for number in [*change.pinned, *sorted(wish.on, key=int)]:
+            self._bring(change, number)
+        if any(not change.can_serve(number) for number in change.pinned):
+            for number in {change.active, *change.aliases.values()} & set(folder.versions) - wish.out:
+                self._bring(change, number)
+        change.decide(served)
+
+    def _bring(self, change: _Change, number: str) -> bool:
+        """Have a version ready for the switch; False: it cannot be served."""
+        version = change.versions[number]
+        if number in change.opened or number in change.faults:
+            return change.can_serve(number)
+        if version.model is not None and number not in change.folder.versions:
+            return False  # its directory is gone, and it goes too
+        stamp = stamp_of(version.directory)
+        if version.model is not None and version.stamp == stamp:
+            version.reason = ""
+            return True
+        if version.model is None:
+            self._enter(version, State.LOADING)
         started = time.monotonic()
         try:
-            model, difference = self._open_version(entry)
-        except SettingsError:
-            raise
-        except ConvoyError as error:
-            self._enter(entry, State.FAILED, reason=error.message)
-            log.error("model failed", extra={"model": entry.name, "version": entry.version, "reason": error.message})
-            return
+            if number in change.refused:
+                raise BundleError(change.refused[number])
+            model, difference = self._open_version(version)
         except Exception as error:
-            reason = f"{entry.directory} could not be loaded: {type(error).__name__}: {error}"
-            self._enter(entry, State.FAILED, reason=reason)
-            log.exception("model failed", extra={"model": entry.name, "version": entry.version, "reason": reason})
-            return
-        entry.load_s = time.monotonic() - started
-        self._enter(entry, State.READY, model=model)
+            if isinstance(error, SettingsError) and change.starting:
+                raise
+            change.faults[number] = self._fail(version, error)
+            return change.can_serve(number)
+        seconds = time.monotonic() - started
+        change.opened[number] = model, stamp, seconds
         log.info(
             "model ready",
             extra={
-                "model": entry.name,
-                "version": entry.version,
+                "model": version.name,
+                "version": number,
                 "provider": model.provider,
                 "digest": model.digest[:12],
                 "golden_difference": difference,
-                "seconds": round(entry.load_s, 3),
+                "seconds": round(seconds, 3),
             },
         )
+        return True
 
-    def _open_version(self, entry: Entry) -> tuple[LoadedModel, float | None]:
-        if not entry.version:
-            raise BundleError(
-                f"{entry.directory} holds no version that can be read: a bundle lies in {entry.directory / '1'}."
-            )
-        return self._open(entry.name, entry.version, entry.directory)
+    def _open_version(self, version: Version) -> tuple[LoadedModel, float | None]:
+        directory = version.directory
+        if not directory.is_dir():
+            raise BundleError(f"{directory} is not there.")
+        if not directory.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"{directory} is a link that leads out of {self.root}: models lie inside it.")
+        return self._open(version.name, version.version, directory)
 
-    def _enter(self, entry: Entry, state: State, *, reason: str = "", model: LoadedModel | None = None) -> None:
-        # The model first: whoever sees READY finds it there.
-        entry.model, entry.reason, entry.state = model, reason, state
-        self._show(entry)
-
-    def _show(self, entry: Entry) -> None:
-        """Leave just one `convoy_model_info` series for the entry: that of its present state."""
-        info = self._metrics.model_info
-        if entry.shown:
-            info.remove(*entry.shown)
-        digest = entry.model.digest if entry.model else ""
-        provider = entry.model.provider if entry.model else ""
-        entry.shown = (entry.name, entry.version, digest, provider, entry.state.value)
-        info.labels(*entry.shown).set(1)
-
-
-def find_models(root: Path) -> list[Entry]:
-    """Return one entry for each model under `root`, in its highest version; hidden names and files are passed over.
-
-    A folder without a version in it is an entry too, with an empty version: it is somebody's mistake, to be told.
-
-    Raises:
-        SettingsError: `root` is no directory, or holds no folder.
-    """
-    if not root.is_dir():
-        raise SettingsError(f"The models directory {root} does not exist: set --models or CONVOY_MODELS.")
-    entries = []
-    for directory in sorted(root.iterdir()):
-        if not directory.is_dir() or directory.name.startswith("."):
-            continue
-        if re.fullmatch(NAME_PATTERN, directory.name):
-            version = _highest_version(directory)
-            entries.append(Entry(directory.name, version, directory / version))
+    def _fail(self, version: Version, error: Exception) -> str:
+        """Note why a version could not be loaded; one of that number that is served goes on. Returns the reason."""
+        fields = {"model": version.name, "version": version.version}
+        if isinstance(error, ConvoyError):
+            reason = error.message
+            log.error("model failed", extra={**fields, "reason": reason})
         else:
-            log.warning("folder passed over: not a model's name", extra={"folder": ascii(str(directory))})
-    if not entries:
-        raise SettingsError(f"The models directory {root} holds no bundle (<name>/<version>/model.json).")
-    return entries
+            reason = f"{version.directory} could not be loaded: {type(error).__name__}: {error}"
+            log.exception("model failed", extra={**fields, "reason": reason})
+        self._enter(version, State.FAILED if version.model is None else version.state, reason)
+        return reason
+
+    def _switch(self, entry: Entry, change: _Change) -> None:
+        """Have what was prepared answer from now on, all of it at once, and let go of what does not any more."""
+        replaced: list[tuple[str, LoadedModel]] = []
+        for number, version in change.versions.items():
+            if version.model is not None and (number in change.opened or number not in change.kept):
+                replaced.append((number, version.model))
+                version.model = None
+            if number in change.opened:
+                version.model, version.stamp, version.load_s = change.opened.pop(number)
+                version.state, version.reason = State.READY, ""
+            elif version.model is None and version.state is not State.FAILED:
+                version.state = State.UNLOADING if version.state is State.READY else State.UNLOADED
+            elif version.state is State.FAILED and number not in change.faults:
+                version.state, version.reason = State.UNLOADED, ""
+        entry.active, entry.aliases, entry.off = change.active, change.aliases, change.wish.off
+        entry.fault = _told(change)
+        if "" in change.faults and not any(version.model for version in change.versions.values()):
+            nothing = Version(entry.name, "", entry.path, State.FAILED, change.faults[""])
+            entry.versions, entry.active = {"": nothing}, ""
+            self._show(nothing)
+        if not change.folder.path.is_dir():
+            self.entries = {name: other for name, other in self.entries.items() if other is not entry}
+        self._served = self._look_up_table()
+        for version in change.versions.values():
+            self._show(version)
+        while replaced:
+            self._retire(entry.name, replaced)
+
+    def _look_up_table(self) -> dict[tuple[str | None, str | None], LoadedModel]:
+        table: dict[tuple[str | None, str | None], LoadedModel] = {}
+        for name, entry in self.entries.items():
+            models = {number: version.model for number, version in entry.versions.items() if version.model is not None}
+            asked: dict[str | None, str] = {None: entry.active}
+            asked.update(entry.aliases)
+            asked.update({number: number for number in models})
+            table |= {(name, version): models[number] for version, number in asked.items() if number in models}
+        if model := table.get((self.default, None)):
+            table[None, None] = model
+        return table
+
+    def _retire(self, name: str, replaced: list[tuple[str, LoadedModel]]) -> None:
+        """Take the last model of a list, which nobody is given any more, and end it with the last who holds it."""
+        number, model = replaced.pop()
+        thread = threading.Thread(
+            target=self._end, args=(weakref.ref(model), model.batcher), name=f"retire-{name}-{number}", daemon=True
+        )
+        self._retiring.append(_Retirement(name, number, model.batcher, thread))
+        thread.start()
+
+    def _end(self, model: weakref.ref[LoadedModel], batcher: Batcher) -> None:
+        """Wait until no request holds a model, and stop its sessions."""
+        until = time.monotonic() + self._patience_s
+        while model() is not None and time.monotonic() < until:
+            time.sleep(RETIRING_STEP_S)
+        batcher.close()
+        self._on_retired()
+
+    def _end_retirements(self, *, wait: bool) -> None:
+        for retirement in list(self._retiring):
+            if wait:
+                retirement.thread.join()
+            # It tells of its end just before it ends.
+            retirement.thread.join(RETIRING_STEP_S)
+            if not retirement.thread.is_alive():
+                self._retiring.remove(retirement)
+                self._forget(retirement.name, retirement.version)
+
+    def _forget(self, name: str, number: str) -> None:
+        """Take a version that has ended off the lists, and after a while its numbers from the page."""
+        log.info("model unloaded", extra={"model": name, "version": number})
+        entry = self.entries.get(name)
+        version = entry.versions.get(number) if entry else None
+        if entry and version and version.state is State.UNLOADING:
+            version.state = State.UNLOADED
+            if not version.directory.is_dir():
+                entry.versions = {key: other for key, other in entry.versions.items() if other is not version}
+        gone = self._gone.setdefault(name, deque())
+        if number not in gone:
+            gone.append(number)
+        if len(gone) > SHOWN_RETIRED:
+            oldest = gone.popleft()
+            if (name, oldest) not in self._served:
+                self._metrics.forget(name, oldest)
+
+    def _enter(self, version: Version, state: State, reason: str = "") -> None:
+        version.reason, version.state = reason, state
+        self._show(version)
+
+    def _show(self, version: Version) -> None:
+        """Leave just one `convoy_model_info` series for a version: that of its present state; none when unloaded."""
+        info = self._metrics.model_info
+        if version.shown:
+            info.remove(*version.shown)
+            version.shown = ()
+        if version.state in (State.UNLOADING, State.UNLOADED):
+            return
+        digest = version.model.digest if version.model else ""
+        provider = version.model.provider if version.model else ""
+        version.shown = (version.name, version.version, digest, provider, version.state.value)
+        info.labels(*version.shown).set(1)
+
+    def _versions(self) -> Iterator[Version]:
+        for entry in self.entries.values():
+            yield from entry.versions.values()
+
+    def _known(self) -> str:
+        return ", ".join(sorted(self.entries)) or "none"
 
 
-def _highest_version(directory: Path) -> str:
-    """Return the highest version in a model's folder; empty where there is none, or it cannot be read."""
-    try:
-        versions = [path.name for path in directory.iterdir() if path.is_dir()]
-    except OSError:
-        return ""
-    return max((name for name in versions if re.fullmatch(VERSION_PATTERN, name)), key=int, default="")
+def _unavailable(what: str, state: State, reason: str) -> UnavailableError:
+    if state in (State.LOADING, State.READY):  # READY: it became so just now
+        return UnavailableError(f"{what} is still loading; try again in a moment.", code="loading")
+    if state is State.FAILED:
+        return UnavailableError(f"{what} failed to load: {reason}", code="model_failed")
+    return UnavailableError(f"{what} is unloaded, until somebody loads it again.", code="unloaded")
 
 
-def default_of(names: Collection[str], wanted: str) -> str:
-    """Return the default model's name: the wanted one; without a wish imagenet, or the only one, or none (empty).
-
-    Raises:
-        SettingsError: the wanted one is not there.
-    """
-    if wanted and wanted not in names:
-        raise SettingsError(f"There is no model '{wanted}' to be the default; there are: {', '.join(sorted(names))}.")
-    if wanted or len(names) == 1:
-        return wanted or next(iter(names))
-    return FIRST_CHOICE if FIRST_CHOICE in names else ""
+def _told(change: _Change) -> str:
+    """Say what is wrong with a model beside its active version; empty: nothing."""
+    faults = [f"Version {number} is not served: {reason}" for number, reason in change.faults.items() if number]
+    return " ".join(([change.faults[""]] if "" in change.faults else []) + faults)

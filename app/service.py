@@ -18,9 +18,10 @@ from fastapi import FastAPI
 from app import runtime
 from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
 from app.admission import Admission, Limits
+from app.board import Board
 from app.cpus import share_of_cpus
 from app.engine import LocalEngine
-from app.errors import SettingsError
+from app.errors import ConvoyError, SettingsError
 from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
@@ -28,11 +29,13 @@ from app.images import forbid_pillow_guesses
 from app.keys import Keyring
 from app.loading import LoadedModel, Loader
 from app.metrics import Metrics
+from app.operations import Operations
 from app.pages import Page, WriterState
 from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
 from app.tls import certificate_of, options
+from app.versions import Selection, default_of, find_models, folders_in
 
 if TYPE_CHECKING:
     from app.grpc.server import Front
@@ -41,6 +44,8 @@ log = logging.getLogger(__name__)
 
 GARBAGE_THRESHOLD = 20_000
 """Allocations between two collections of the youngest garbage; Python's 700 are one request of a few images."""
+PATIENCE_S = 5.0
+"""Beyond a request's deadline, how long it may still hold a version that has been replaced."""
 TICKS_A_SECOND = 10
 LAST_REQUEST_S = 0.5
 """How long an idle connection may still bring a request when the process drains.
@@ -53,12 +58,13 @@ _CLOSE = (b"connection", b"close")
 class Service:
     """Everything that lives as long as the process: metrics, models, engine, and the application over them."""
 
-    def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics | None = None, board: Board | None = None) -> None:
         """Build everything; nothing runs yet.
 
         Args:
             settings: this process's settings.
             metrics: where it counts, and its page; None: by itself.
+            board: where all workers read what operators ask for; None: there is but this one.
 
         Raises:
             SettingsError: the models directory is missing or empty, or key file or certificate are broken.
@@ -84,15 +90,28 @@ class Service:
             max_batch=settings.max_batch,
             linger_s=settings.linger_ms / 1000,
         )
+        board = board or Board()
+        # Models may have come and gone since the service started: what held then is not asked of a later worker.
+        is_first = board.read().default is None
+        folders = find_models(settings.models) if is_first else folders_in(settings.models)
+        names = {folder.name for folder in folders}
+        self._notes = board.join(default_of(names, settings.default_model) if is_first else "")
         self.repository = Repository(
-            settings.models, self.metrics, default=settings.default_model, load=self._load_version
+            settings.models,
+            self.metrics,
+            folders=folders,
+            default=self._notes.default or "",
+            load=self._load_version,
+            selection=Selection.parse(settings.versions),
+            patience_s=settings.request_timeout_ms / 1000 + PATIENCE_S,
         )
+        self.operations = Operations(self.repository, board, self.page, self.metrics.pages, watch_s=settings.watch_s)
         admission = Admission(
             Limits(
                 images=settings.max_inflight_images,
                 bytes=settings.max_inflight_bytes,
                 pixels=settings.max_inflight_pixels,
-                model_images=settings.limits_of_models(self.repository.entries),
+                model_images=settings.limits_of_models(names if is_first else None),
                 queue_target_s=settings.queue_target_ms / 1000,
             ),
             self.metrics,
@@ -106,6 +125,7 @@ class Service:
         self.app = create_app(
             engine=self.engine,
             repository=self.repository,
+            operations=self.operations,
             metrics=self.metrics,
             probes=self.probes,
             keyring=self.keyring,
@@ -140,7 +160,7 @@ class Service:
         if self.grpc is not None:
             self.grpc.show(not self.why_not_ready())
         models = {entry.name: entry.state.value for entry in self.repository.entries.values()}
-        shown = self.state(), {"reason": self.why_not_ready(), "models": models}
+        shown = self.state(), {"reason": self.why_not_ready(), "models": models, **self.operations.note}
         if shown != self._shown:
             self.page.tell(*shown)
             self._shown = shown
@@ -152,6 +172,7 @@ class Service:
         loader = threading.Thread(target=self._load, name="loader", daemon=True)
         loader.start()
         yield
+        self.operations.close()
         if self.grpc is not None:
             await self.grpc.drained()
         await asyncio.to_thread(self.repository.close)
@@ -160,7 +181,7 @@ class Service:
 
     def _load(self) -> None:
         try:
-            self.repository.load_all()
+            self.operations.start(self._notes)
         except SettingsError as fault:  # no model can be served so: the process ends, and `serve` raises it
             self.fault = fault
             return
@@ -173,6 +194,7 @@ class Service:
             log.error("not ready", extra={"reason": reason})
         else:
             log.info("ready", extra={"default_model": self.repository.default, "cpus": self.cpus})
+        self.operations.run()
 
     def _grpc_front(self) -> "Front":
         try:
@@ -188,7 +210,7 @@ class Service:
             keyring=self.keyring,
             certificate=self.certificate,
             why_not_ready=self.why_not_ready,
-            operations=None,
+            operations=self.operations,
             settings=self.settings,
         )
 
@@ -246,6 +268,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, whether to stop."""
         self.service.show()
+        self.service.operations.look()
         if not self._grpc_started and self._grpc_may_start():
             self._grpc_started = True
             await self._start_grpc()
@@ -283,8 +306,17 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def hang_up(self) -> None:
-        """Say why SIGHUP does nothing here."""
-        log.warning("not reloaded: with one worker nobody would answer meanwhile; start with --workers 2 or more")
+        """Look at the models directory again."""
+        self._rescan = asyncio.get_running_loop().create_task(self._look_again())
+
+    async def _look_again(self) -> None:
+        log.info("reloading")
+        try:
+            await self.service.operations.rescan()
+        except ConvoyError as fault:
+            log.error("not all is reloaded", extra={"reason": fault.message})
+        else:
+            log.info("reloaded")
 
     def _grpc_may_start(self) -> bool:
         return True
@@ -406,7 +438,9 @@ def serve(settings: Settings) -> None:
         raise service.fault
 
 
-def share(settings: Settings, listener: socket.socket, page: Page, pages: Sequence[Page], lifeline: int) -> None:
+def share(
+    settings: Settings, listener: socket.socket, page: Page, pages: Sequence[Page], board: Board, lifeline: int
+) -> None:
     """Serve as one of several workers until a signal, or until the supervisor is gone; blocks.
 
     Args:
@@ -414,13 +448,14 @@ def share(settings: Settings, listener: socket.socket, page: Page, pages: Sequen
         listener: the listening socket, which all workers have.
         page: the worker's page.
         pages: the pages of all.
+        board: where all read what operators ask for.
         lifeline: a pipe's end that is closed when the supervisor is gone.
 
     Raises:
         SettingsError: no models, or no such device.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
-    service = Service(settings, Metrics(page, pages))
+    service = Service(settings, Metrics(page, pages), board)
     SharingServer(service, listener, lifeline).run(sockets=[])
     if service.fault is not None:
         raise service.fault

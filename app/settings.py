@@ -69,6 +69,17 @@ class Settings(BaseModel):
     default_model: str = Field(
         default="", description="The model of POST /predict. Empty: imagenet, or the only model that is there."
     )
+    versions: str = Field(
+        default="latest",
+        pattern=r"^(all|latest(:[1-9][0-9]{0,8})?)$",
+        description="Versions served of each model: latest, latest:N or all; its versions.toml may say otherwise.",
+    )
+    watch_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=86_400,
+        description="Look this often whether the models directory has changed, and follow it; 0: only when told.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="cuda means CUDA or no start; auto takes CUDA where it works and says what it took."
     )
@@ -153,8 +164,8 @@ class Settings(BaseModel):
     )
     access_log: bool = Field(default=True, description="One line a request.")
 
-    def limits_of_models(self, names: Collection[str]) -> dict[str, int]:
-        """Return `model_limits` as numbers, for models that are there.
+    def limits_of_models(self, names: Collection[str] | None) -> dict[str, int]:
+        """Return `model_limits` as numbers, for models that are there; None: whatever models there are.
 
         Raises:
             SettingsError: it is not of that form, or names another model.
@@ -162,7 +173,7 @@ class Settings(BaseModel):
         limits = {}
         for part in filter(None, (part.strip() for part in self.model_limits.split(","))):
             name, _, limit = part.partition("=")
-            if name not in names:
+            if names is not None and name not in names:
                 raise SettingsError(
                     f"model_limits names '{name}', which is no model here; there are: {', '.join(names)}."
                 )

@@ -24,10 +24,11 @@ from pathlib import Path
 
 from app import logs
 from app.accept import listen, listen_for_probes, reserve_for_grpc, url_of
+from app.board import Board
 from app.cpus import usable_cpus
 from app.errors import ConvoyError, SettingsError
 from app.metrics import Metrics
-from app.pages import Page, WriterState, create_shared, open_shared
+from app.pages import Page, WriterState, create_shared, open_common, open_shared
 from app.probes import ProbePort, Probes
 from app.settings import Settings
 
@@ -364,11 +365,12 @@ def work(number: int, listener: int, memory: int) -> None:
     logs.configure(settings.log_format, settings.log_level, worker=number)
     pages = open_shared(memory)
     page = pages[number - 1]
+    board = Board(open_common(memory), memory)
     status = 0
     try:
         from app import service
 
-        service.share(settings, socket.socket(fileno=listener), page, pages, lifeline)
+        service.share(settings, socket.socket(fileno=listener), page, pages, board, lifeline)
     except ConvoyError as fault:
         page.tell(WriterState.FAILED, {"reason": fault.message})
         status = EXIT_FAULT

@@ -22,7 +22,7 @@ from app.bench.report import Report
 from app.bench.requests import Endpoint, build_requests
 from app.cpus import machine
 from app.manifest import read_bundle
-from app.repository import find_models
+from app.versions import find_models
 from benchmarks.server import serving
 
 ROOT = Path(__file__).parent.parent

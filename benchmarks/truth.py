@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from app.manifest import Bundle, read_bundle
-from app.repository import find_models
+from app.versions import find_models
 from benchmarks.server import serving
 from training.classifiers import open_classifier, torch_run
 from training.data import decode_picture, read_listing

@@ -10,8 +10,8 @@ from app.errors import BundleError
 from app.golden import prove
 from app.loading import check_graph
 from app.manifest import Bundle, read_bundle, verify_files
-from app.repository import find_models
 from app.sessions import ClassifierSession
+from app.versions import find_models
 from tests.servers import convoy
 from training.golden import wrong_recipes
 

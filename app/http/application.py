@@ -16,6 +16,7 @@ from app.http.bodies import BodyLimits
 from app.http.observe import Observe
 from app.keys import Keyring
 from app.metrics import Metrics
+from app.operations import Operations
 from app.probes import Probes
 from app.repository import Repository
 
@@ -30,6 +31,7 @@ def create_app(
     *,
     engine: Engine,
     repository: Repository,
+    operations: Operations,
     metrics: Metrics,
     probes: Probes,
     keyring: Keyring,
@@ -51,7 +53,7 @@ def create_app(
         v2.routes(engine, repository, metrics, probes, inferrer),
         v1.routes(engine, repository, limits, request_timeout_ms),
         torchserve.routes(engine, probes, limits, request_timeout_ms),
-        models.routes(repository),
+        models.routes(repository, operations),
         health.routes(probes),
     ]
     for router in routers:

@@ -3,6 +3,7 @@
 What is not named needs the scope `predict`: a route that somebody adds is closed until it is opened here.
 """
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -31,6 +32,7 @@ OPEN = frozenset(
 )
 _OPEN_FILES = "/static-offline-docs/"
 _ADMIN = "/v2/repository/"
+_OPERATION = re.compile(r"/models/[^/]+(/versions/[^/]+)?/(load|unload)")
 _INDEX = "/v2/repository/index"
 """Lists what is there, as `GET /models` does: the only one of its kind that changes nothing."""
 
@@ -40,7 +42,7 @@ def access_of(path: str) -> Access | None:
     """Return what a path asks of a key; None: nothing."""
     if path in OPEN or path.startswith(_OPEN_FILES):
         return None
-    if path.startswith(_ADMIN) and path != _INDEX:
+    if (path.startswith(_ADMIN) and path != _INDEX) or _OPERATION.fullmatch(path):
         return Access.ADMIN
     return Access.METRICS if path == "/metrics" else Access.PREDICT
 

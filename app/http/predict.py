@@ -5,6 +5,7 @@ FastAPI's all the same, for the OpenAPI document and for wrong methods.
 """
 
 import json
+import re
 import time
 from functools import lru_cache
 from http import HTTPStatus
@@ -29,8 +30,11 @@ from app.scores import JsonWriter
 DEFAULT_TOP_K = 5
 
 ROUTE, MODEL_ROUTE = "/predict", "/models/{model}/predict"
-_MODEL_PREFIX, _MODEL_SUFFIX = MODEL_ROUTE.split("{model}")
+VERSION_ROUTE = "/models/{model}/versions/{version}/predict"
+_WAY = re.compile(r"/models/([^/]+)(?:/versions/([^/]+))?/predict")
 
+Asked = tuple[str | None, str | None]
+"""A model's name and version; None: the default model, the active version."""
 TopK = Annotated[int, Query(ge=1, description="How many classes to return, best first; at most the number there is.")]
 TimeoutMs = Annotated[
     int | None,
@@ -75,23 +79,23 @@ class Predictor:
         self._timeout_ms = timeout_ms
         self._forms: WeakKeyDictionary[LoadedModel, _Form] = WeakKeyDictionary()
 
-    async def answer(self, name: str | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read a request's images, classify them with the model `name` (None: the default one), and send the answer."""
+    async def answer(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read a request's images, classify them with a model, and send the answer."""
         connection = connection_of(scope)
         try:
-            await self._classify(name, scope, receive, connection)
+            await self._classify(asked, scope, receive, connection)
         except ConvoyError as fault:
             # Who asked before sending the body, and is refused, may send it or not: what comes next cannot be told.
-            asked = any(name == b"expect" for name, _ in scope["headers"])
-            await send_error(fault, trace_of(scope), send, closes=asked)
+            expects = any(name == b"expect" for name, _ in scope["headers"])
+            await send_error(fault, trace_of(scope), send, closes=expects)
         except AbandonedError:
             return
         finally:
             connection.on_leave = None
 
-    async def _classify(self, name: str | None, scope: Scope, receive: Receive, connection: Connection) -> None:
+    async def _classify(self, asked: Asked, scope: Scope, receive: Receive, connection: Connection) -> None:
         trace = trace_of(scope)
-        model = self._engine.model(name)
+        model = self._engine.model(*asked)
         form = self._forms.get(model) or self._forms.setdefault(model, _Form(model))
         trace.model, trace.version = form.name, form.version
         head = Head.of(scope)
@@ -152,8 +156,8 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
         if scope["type"] == "http" and scope["method"] == "POST" and (way := _way_of(scope["path"])):
-            trace_of(scope).route, name = way
-            await self._predictor.answer(name, scope, receive, send)
+            trace_of(scope).route, asked = way
+            await self._predictor.answer(asked, scope, receive, send)
             return
         if scope["type"] == "http" and scope["method"] == "HEAD":
             await self._head(scope, receive, send)
@@ -168,26 +172,27 @@ class Front:
 
 
 @lru_cache(maxsize=1024)
-def _way_of(path: str) -> tuple[str, str | None] | None:
-    """Return route and model's name of a prediction's path; None: it is none."""
+def _way_of(path: str) -> tuple[str, Asked] | None:
+    """Return a prediction's route, and what its path asks for; None: it is none."""
     if path == ROUTE:
-        return ROUTE, None
-    name = path.removeprefix(_MODEL_PREFIX).removesuffix(_MODEL_SUFFIX)
-    if name and "/" not in name and path == f"{_MODEL_PREFIX}{name}{_MODEL_SUFFIX}":
-        return MODEL_ROUTE, name
-    return None
+        return ROUTE, (None, None)
+    found = _WAY.fullmatch(path)
+    if found is None:
+        return None
+    name, version = found.groups()
+    return MODEL_ROUTE if version is None else VERSION_ROUTE, (name, version)
 
 
 class _Direct(Response):
     """What a route's function returns to have the predictor answer by itself."""
 
-    def __init__(self, predictor: Predictor, name: str | None) -> None:
+    def __init__(self, predictor: Predictor, asked: Asked) -> None:
         super().__init__()
         self._predictor = predictor
-        self._name = name
+        self._asked = asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._predictor.answer(self._name, scope, receive, send)
+        await self._predictor.answer(self._asked, scope, receive, send)
 
 
 def routes(predictor: Predictor) -> APIRouter:
@@ -201,11 +206,17 @@ def routes(predictor: Predictor) -> APIRouter:
 
     @router.post(ROUTE, summary="Classify with the default model", **documented)
     async def predict(top_k: TopK | None = None, timeout_ms: TimeoutMs = None) -> Response:
-        return _Direct(predictor, None)
+        return _Direct(predictor, (None, None))
 
     @router.post(MODEL_ROUTE, summary="Classify with a model", **documented)
     async def predict_with(model: str, top_k: TopK | None = None, timeout_ms: TimeoutMs = None) -> Response:
-        return _Direct(predictor, model)
+        return _Direct(predictor, (model, None))
+
+    @router.post(VERSION_ROUTE, summary="Classify with a version of a model, or an alias", **documented)
+    async def predict_with_version(
+        model: str, version: str, top_k: TopK | None = None, timeout_ms: TimeoutMs = None
+    ) -> Response:
+        return _Direct(predictor, (model, version))
 
     return router
 

@@ -42,17 +42,46 @@ class ErrorResponse(BaseModel):
     code: str = Field(description="The reason, for a program.")
 
 
+class Tensor(BaseModel):
+    """One input or output of a model."""
+
+    name: str
+    datatype: str = Field(description="As the Open Inference Protocol names it.")
+    shape: list[int] = Field(description="-1: variable.")
+
+
+class VersionDetail(BaseModel):
+    """One version of a model."""
+
+    version: str
+    state: str = Field(description="loading, ready, failed, unloading or unloaded.")
+    reason: str = Field(
+        default="", description="Why it failed, or why what has changed in its directory is not served."
+    )
+    active: bool = Field(description="Whether it answers whoever names no version.")
+    aliases: list[str] = Field(description="Other names for it.")
+    provider: str = Field(default="", description="Where it runs: cpu or cuda.")
+    digest: str = Field(default="", description="SHA-256 of the ONNX file.")
+    inputs: list[Tensor] = Field(default_factory=list)
+    outputs: list[Tensor] = Field(default_factory=list)
+    max_batch: int = Field(default=0, description="Rows of a run; 0: each request runs alone.")
+    unbatched_why: str = Field(default="", description="Why rows of different requests never share a run.")
+    load_seconds: float = Field(default=0.0, description="How long loading it took, with all proofs.")
+
+
 class ModelSummary(BaseModel):
-    """One model, as the list shows it."""
+    """One model, as the list shows it; where nothing else is said, its active version."""
 
     name: str
     version: str
-    state: str = Field(description="loading, ready or failed.")
-    reason: str = Field(description="Why it failed; else empty.")
+    state: str = Field(description="loading, ready, failed, unloading or unloaded.")
+    reason: str = Field(description="Why it failed, or why another version is not served; else empty.")
     description: str = ""
     classes: int = 0
     provider: str = Field(default="", description="Where it runs: cpu or cuda.")
     digest: str = Field(default="", description="SHA-256 of the ONNX file.")
+    aliases: dict[str, str] = Field(default_factory=dict, description="Other names for versions.")
+    versions: list[VersionDetail] = Field(description="All that are loaded or in the folder, newest first.")
 
 
 class ModelDetail(ModelSummary):

@@ -31,6 +31,8 @@ _STATES = {
     State.LOADING: "LOADING",
     State.READY: "READY",
     State.FAILED: "UNAVAILABLE",
+    State.UNLOADING: "UNLOADING",
+    State.UNLOADED: "UNAVAILABLE",
 }
 _PHASES = {"queue": "queue", "compute_input": "decode", "compute_infer": "infer", "compute_output": "post"}
 """Phase of the statistics → stage of `convoy_stage_duration_seconds`."""

@@ -72,7 +72,7 @@ def test_the_text_is_what_prometheus_client_writes():
     registry = CollectorRegistry()
     disable_created_metrics()
     theirs_requests = Counter("convoy_requests_total", "Requests answered.", ["model", "version", "route", "code"])
-    theirs_rows = Gauge("convoy_queue_rows", "Decoded images that wait for a session.", ["model"])
+    theirs_rows = Gauge("convoy_inflight_requests", "Requests being worked on.", ["model"])
     theirs_info = Gauge(
         "convoy_model_info", "1 for the state that a model is in.", ["model", "version", "digest", "provider", "state"]
     )
@@ -83,7 +83,7 @@ def test_the_text_is_what_prometheus_client_writes():
     ours = Metrics()
     for requests, batch, rows, info in (
         (theirs_requests, theirs_batch, theirs_rows, theirs_info),
-        (ours.requests, ours.batch_size, ours.queue_rows, ours.model_info),
+        (ours.requests, ours.batch_size, ours.inflight_requests, ours.model_info),
     ):
         requests.labels('quote"d\n\\', "1", "/predict", 200).inc()
         requests.labels("ü", "1", "/predict", 429).inc(2.5)
@@ -93,7 +93,7 @@ def test_the_text_is_what_prometheus_client_writes():
         info.labels("m", "1", "d", "cpu", "ready").set(1)
         for value in (0, 1, 1.5, 2, 256, 257, 1e9):
             batch.labels("m").observe(value)
-    names = ("convoy_requests", "convoy_batch_size", "convoy_queue_rows", "convoy_model_info")
+    names = ("convoy_requests", "convoy_batch_size", "convoy_inflight_requests", "convoy_model_info")
     own_lines = [line for line in ours.render().decode().splitlines() if any(name in line for name in names)]
     assert own_lines == generate_latest(registry).decode().splitlines()
 

@@ -19,7 +19,7 @@ page = open_shared(int(sys.argv[1]))[1]
 page.take_over(4242)
 metrics = Metrics(page)
 metrics.images.labels("m", "1").inc(5)
-metrics.queue_rows.labels("m").set(7)
+metrics.queue_rows.labels("m", "1").set(7)
 metrics.for_model("m", "1").infer.observe(0.25)
 """
 
@@ -57,7 +57,7 @@ def test_the_next_writer_goes_on_counting_and_forgets_the_gauges(shared):
     first = Metrics(open_shared(shared)[0])
     first.page.take_over(1)
     first.images.labels("m", "1").inc(5)
-    first.queue_rows.labels("m").set(7)
+    first.queue_rows.labels("m", "1").set(7)
     first.inflight_images.set(3)
     first.model_info.labels("m", "1", "", "", "loading").set(1)
 
