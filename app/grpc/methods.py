@@ -4,17 +4,18 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
 from app.admission import Ticket
 from app.engine import Engine
-from app.errors import BadRequestError, ConvoyError, NotOfferedError, UnavailableError, UnknownModelError
+from app.errors import BadRequestError, ConvoyError, UnavailableError, UnknownModelError
 from app.grpc import inference_pb2 as pb
 from app.grpc.calls import Call, Calls, Context
 from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, parse_inference, request_of, response_of
 from app.metrics import Metrics
+from app.operations import Operations
 from app.repository import Repository
 from app.v2 import metadata
 from app.v2.inference import infer
@@ -42,18 +43,6 @@ class CallLimits:
     timeout_ms: int
 
 
-class Operations(Protocol):
-    """Loading and unloading, in every process of the service."""
-
-    async def load(self, name: str, version: str | None = None) -> object:
-        """Look at a model's folder again, and serve what it says."""
-        ...
-
-    async def unload(self, name: str, version: str | None = None) -> object:
-        """Serve a model no longer."""
-        ...
-
-
 class Methods(grpc.GenericRpcHandler):
     """The service, over an engine and a repository."""
 
@@ -65,7 +54,7 @@ class Methods(grpc.GenericRpcHandler):
         calls: Calls,
         limits: CallLimits,
         why_not_ready: Callable[[], str],
-        operations: Operations | None,
+        operations: Operations,
     ) -> None:
         self._engine = engine
         self._repository = repository
@@ -160,18 +149,13 @@ class Methods(grpc.GenericRpcHandler):
         for parameter in request.parameters:
             if parameter == "config" or parameter.startswith("file:"):
                 raise BadRequestError(f"The parameter '{parameter[:80]}' is refused: models come from the disk alone.")
-        await self._offered_operations().load(name)
+        await self._operations.load(name)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, request: pb.RepositoryModelUnloadRequest, call: Call) -> pb.RepositoryModelUnloadResponse:
         name = _model_of(request)
-        await self._offered_operations().unload(name)
+        await self._operations.unload(name)
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
-
-    def _offered_operations(self) -> Operations:
-        if self._operations is None:
-            raise NotOfferedError("Loading and unloading over the API is not offered.")
-        return self._operations
 
 
 class _Leaving:
