@@ -6,7 +6,9 @@ What is not named needs the scope `predict`: a route that somebody adds is close
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
+from fastapi import FastAPI
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -45,6 +47,24 @@ def access_of(path: str) -> Access | None:
     if (path.startswith(_ADMIN) and path != _INDEX) or _OPERATION.fullmatch(path):
         return Access.ADMIN
     return Access.METRICS if path == "/metrics" else Access.PREDICT
+
+
+def describe(app: FastAPI) -> None:
+    """Say in an application's OpenAPI document which routes need a key, so that its page has a place for one."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        document.setdefault("components", {})["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        for path, operations in document["paths"].items():
+            for operation in operations.values() if access_of(path) else ():
+                operation["security"] = [{"bearer": []}, {"key": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # which is how FastAPI has it extended
 
 
 class Guard:

@@ -162,6 +162,7 @@ def routes(engine: Engine, repository: Repository, metrics: Metrics, probes: Pro
 
 
 def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metrics, probes: Probes) -> None:
+    @router.get("/", include_in_schema=False)  # as the protocol's own document has it
     @router.get("", summary="Server metadata")
     async def server() -> ServerMetadata:
         return ServerMetadata(**metadata.server_metadata())

@@ -12,7 +12,7 @@ import pytest
 
 from app import keys
 from app.errors import ForbiddenError, SettingsError, UnauthorizedError
-from app.http.auth import access_of
+from app.http.auth import OPEN, access_of
 from app.keys import Access, Keyring, make_key, presented_in, read_keys
 from tests.app.watching import free_port, logged_with, messages, wait_for
 from tests.bundles import plain_image
@@ -234,6 +234,48 @@ def test_health_is_open_and_the_rest_is_not(guarded):
     assert set(statuses.values()) == {200}
     for path in ("/models", "/models/colours", "/v2/repository/models/colours/load", "/nothing/here"):
         assert server.client.get(path).status_code == 401, path
+
+
+def test_every_route_that_is_not_open_asks_for_a_key(guarded):
+    setup, server = guarded
+    document = server.client.get("/openapi.json").json()
+    asked = 0
+    for path, operations in document["paths"].items():
+        real = re.sub(r"\{\w+\}", "1", path)
+        for method, operation in operations.items():
+            answer = server.client.request(method, real)
+            assert (answer.status_code == 401) == (real not in OPEN) == ("security" in operation), (method, path)
+            if answer.status_code == 401:
+                asked += 1
+                # Whoever has a key gets further, to whatever the route says.
+                key = setup.held[access_of(real)]
+                assert server.client.request(method, real, headers=bearer(key)).status_code not in (401, 403)
+    assert asked > 20
+    assert document["components"]["securitySchemes"].keys() == {"bearer", "key"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v2/repository/models/colours/load",
+        "/v2/repository%2Fmodels/colours/load",
+        "/v2/%72epository/models/colours/load",
+        "/v2/repository/models/predict/predict",
+        "http://x/v2/repository/models/colours/load",
+        "/v2/repository/models/colours/load?x=/livez",
+        "/livez/../v2/repository/models/colours/load",
+        "//v2/repository/models/colours/load",
+    ],
+)
+def test_no_spelling_of_a_path_gets_past_the_key(guarded, target):
+    setup, server = guarded
+    for headers, refused in (("", b" 401 "), (f"X-API-Key: {setup.held['predict']}\r\n", b" 403 ")):
+        with socket.create_connection((server.client.base_url.host, server.client.base_url.port), 10) as connection:
+            head = f"POST {target} HTTP/1.1\r\nHost: /livez\r\nContent-Length: 2\r\n{headers}\r\n"
+            connection.sendall(head.encode() + b"{}")
+            status = connection.recv(65536).partition(b"\r\n")[0]
+        # What the router does not know as a path of the repository is nobody's: 404 for whoever may predict.
+        assert refused in status or (headers and b" 404 " in status), status
 
 
 def test_a_refused_body_is_not_read(guarded):
