@@ -4,6 +4,7 @@ Inference goes the direct way, like predictions; what is asked once a connection
 are `app/v2/`'s; this room has the paths, the headers and the statuses.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.engine import Engine
 from app.errors import BadRequestError, NotOfferedError, UnavailableError
-from app.http.bodies import BodyLimits, Head, read_body, too_large
+from app.http.bodies import BodyLimits, read_body, too_large
 from app.http.connection import Connection
-from app.http.direct import Direct, answer_directly
+from app.http.direct import Direct, admitted, answer_directly
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse
 from app.http.v2_messages import Writer, cost_of, deflate, inflate, parse
@@ -43,7 +44,7 @@ from app.metrics import Metrics
 from app.probes import Probes
 from app.repository import Repository
 from app.v2 import metadata
-from app.v2.inference import infer
+from app.v2.inference import SLOW_ELEMENTS, infer
 
 MODEL = "/v2/models/{model}"
 VERSION = MODEL + "/versions/{version}"
@@ -87,13 +88,9 @@ class Inferrer:
         _, name, version = way_of(scope["path"]) or ("", "", None)
         model = self._engine.model(name, version)
         writer = self._writers.get(model) or self._writers.setdefault(model, Writer(model))
-        trace.model, trace.version = model.name, model.version
-        head = Head.of(scope)
         header_length, accepted = _more_of(scope)
-        timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
         limit = self._limits.max_body_bytes
-        with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
-            connection.on_leave = ticket.abandon
+        with admitted(self._engine, model, scope, connection, self._timeout_ms) as (head, ticket):
             if (body := connection.take_body()) is None:
                 body = await read_body(head, receive, ticket, limit)
             elif len(body) > limit:
@@ -107,7 +104,10 @@ class Inferrer:
             message = parse(body, header_length, model)
             response = await infer(self._engine, model, message.request, ticket, self._limits.max_images)
             trace.images = response.rows
-        answer, json_length = writer.write(response, message)
+        if sum([tensor.array.size for tensor in response.outputs]) > SLOW_ELEMENTS:
+            answer, json_length = await asyncio.to_thread(writer.write, response, message)
+        else:
+            answer, json_length = writer.write(response, message)
         answer, encoding = await deflate(answer, accepted)
         stages = response.stages
         headers = (
