@@ -10,14 +10,14 @@ import grpc
 
 from app.admission import Ticket
 from app.engine import Engine
-from app.errors import BadRequestError, ConvoyError, UnavailableError, UnknownModelError
+from app.errors import ConvoyError, UnavailableError, UnknownModelError
 from app.grpc import inference_pb2 as pb
 from app.grpc.calls import Call, Calls, Context
 from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, parse_inference, request_of, response_of
 from app.metrics import Metrics
 from app.operations import Operations
 from app.repository import Repository
-from app.v2 import metadata
+from app.v2 import changes, metadata
 from app.v2.inference import infer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -110,7 +110,8 @@ class Methods(grpc.GenericRpcHandler):
 
     async def _model_metadata(self, request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
         model = self._engine.model(request.name, request.version or None)
-        return filled(pb.ModelMetadataResponse(), metadata.model_metadata(model, [model.version]))
+        versions = metadata.versions_of(self._repository, model, request.version or None)
+        return filled(pb.ModelMetadataResponse(), metadata.model_metadata(model, versions))
 
     async def _model_config(self, request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
         model = self._engine.model(request.name, request.version or None)
@@ -120,7 +121,7 @@ class Methods(grpc.GenericRpcHandler):
         if request.name:
             models = [self._engine.model(request.name, request.version or None)]
         else:
-            models = [entry.model for entry in self._repository.entries.values() if entry.model is not None]
+            models = metadata.ready_models(self._repository)
         return filled(pb.ModelStatisticsResponse(), metadata.statistics(models, self._metrics))
 
     async def _repository_index(self, request: pb.RepositoryIndexRequest, call: Call) -> pb.RepositoryIndexResponse:
@@ -146,15 +147,12 @@ class Methods(grpc.GenericRpcHandler):
 
     async def _load(self, request: pb.RepositoryModelLoadRequest, call: Call) -> pb.RepositoryModelLoadResponse:
         name = _model_of(request)
-        for parameter in request.parameters:
-            if parameter == "config" or parameter.startswith("file:"):
-                raise BadRequestError(f"The parameter '{parameter[:80]}' is refused: models come from the disk alone.")
-        await self._operations.load(name)
+        await changes.load(self._operations, name, request.parameters)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, request: pb.RepositoryModelUnloadRequest, call: Call) -> pb.RepositoryModelUnloadResponse:
         name = _model_of(request)
-        await self._operations.unload(name)
+        await changes.unload(self._operations, name)
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
 

@@ -10,24 +10,28 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import APIRouter, Depends, Header, Request
+from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.engine import Engine
-from app.errors import BadRequestError, NotOfferedError, UnavailableError
+from app.errors import BadRequestError, BodyTooLargeError, NotOfferedError, UnavailableError
 from app.http.bodies import BodyLimits, read_body, too_large
 from app.http.connection import Connection
 from app.http.direct import Direct, admitted, answer_directly
+from app.http.models import OPERATION_FAULTS
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse
 from app.http.v2_messages import Writer, cost_of, deflate, inflate, parse
 from app.http.v2_schemas import (
     INFER_BODY,
     INFER_RESPONSE,
+    ChangeBody,
+    Done,
     IndexBody,
     IndexEntry,
     ModelConfig,
@@ -41,14 +45,17 @@ from app.http.v2_schemas import (
 )
 from app.loading import LoadedModel
 from app.metrics import Metrics
+from app.operations import Operations
 from app.probes import Probes
 from app.repository import Repository
-from app.v2 import metadata
+from app.v2 import changes, metadata
 from app.v2.inference import SLOW_ELEMENTS, infer
 
 MODEL = "/v2/models/{model}"
 VERSION = MODEL + "/versions/{version}"
 _WAY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+MAX_SMALL_BODY = 64 * 1024
+Body = TypeVar("Body", bound=BaseModel)
 _LENGTH_HEADER = b"inference-header-content-length"
 
 Asked = tuple[str, str | None]
@@ -150,13 +157,20 @@ def way_of(path: str) -> tuple[str, str, str | None] | None:
     return f"{MODEL if version is None else VERSION}/infer", name, version
 
 
-def routes(engine: Engine, repository: Repository, metrics: Metrics, probes: Probes, inferrer: Inferrer) -> APIRouter:
+def routes(
+    engine: Engine,
+    repository: Repository,
+    operations: Operations,
+    metrics: Metrics,
+    probes: Probes,
+    inferrer: Inferrer,
+) -> APIRouter:
     """Return the protocol's routes."""
     router = APIRouter(prefix="/v2", tags=["v2"])
     _add_server_routes(router, repository, metrics, probes)
     for path, asked in ((MODEL, _by_name), (VERSION, _by_version)):
-        _add_model_routes(router, path.removeprefix("/v2"), asked, engine, metrics, inferrer)
-    _add_repository_routes(router, repository)
+        _add_model_routes(router, path.removeprefix("/v2"), asked, engine, repository, metrics, inferrer)
+    _add_repository_routes(router, repository, operations)
     _add_refusals(router)
     return router
 
@@ -182,8 +196,7 @@ def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metri
 
     @router.get("/models/stats", summary="Statistics of all models")
     async def statistics() -> Statistics:
-        models = [entry.model for entry in repository.entries.values() if entry.model is not None]
-        return Statistics(**metadata.statistics(models, metrics))
+        return Statistics(**metadata.statistics(metadata.ready_models(repository), metrics))
 
 
 def _by_name(model: str) -> Asked:
@@ -195,15 +208,21 @@ def _by_version(model: str, version: str) -> Asked:
 
 
 def _add_model_routes(
-    router: APIRouter, prefix: str, asked: Callable[..., Asked], engine: Engine, metrics: Metrics, inferrer: Inferrer
+    router: APIRouter,
+    prefix: str,
+    asked: Callable[..., Asked],
+    engine: Engine,
+    repository: Repository,
+    metrics: Metrics,
+    inferrer: Inferrer,
 ) -> None:
     """Add the routes of one model; `asked` takes its name, and its version, from the path."""
     Chosen = Annotated[Asked, Depends(asked)]  # noqa: N806 - a type
 
     @router.get(prefix, summary="Model metadata", responses=_ANY_FAULT)
     async def described(chosen: Chosen) -> ModelMetadata:
-        model = engine.model(*chosen)
-        return ModelMetadata(**metadata.model_metadata(model, [model.version]))
+        model, version = engine.model(*chosen), chosen[1]
+        return ModelMetadata(**metadata.model_metadata(model, metadata.versions_of(repository, model, version)))
 
     @router.get(
         f"{prefix}/ready", summary="Whether a model is ready", responses=_ANY_FAULT | {503: {"model": ModelReady}}
@@ -233,19 +252,53 @@ def _add_model_routes(
         return Direct(inferrer.answer)
 
 
-def _add_repository_routes(router: APIRouter, repository: Repository) -> None:
-    @router.post("/repository/index", summary="Models of the repository, with states", responses=_ANY_FAULT)
-    async def index(body: IndexBody | None = None) -> list[IndexEntry]:
-        ready_only = body is not None and body.ready
+def _add_repository_routes(router: APIRouter, repository: Repository, operations: Operations) -> None:
+    @router.post(
+        "/repository/index",
+        summary="Models of the repository, with states",
+        responses=_ANY_FAULT,
+        openapi_extra=_described(IndexBody),
+    )
+    async def index(request: Request) -> list[IndexEntry]:
+        ready_only = (await _body_of(request, IndexBody)).ready
         return [IndexEntry(**entry) for entry in metadata.repository_index(repository, ready_only=ready_only)]
 
-    @router.post("/repository/models/{model}/load", summary="Load a model", responses=_ANY_FAULT)
-    async def load(model: str) -> ErrorResponse:
-        raise NotOfferedError("Loading over the API is not offered: put the version into the repository.")
+    change: dict[str, Any] = {"responses": OPERATION_FAULTS, "openapi_extra": _described(ChangeBody)}
 
-    @router.post("/repository/models/{model}/unload", summary="Unload a model", responses=_ANY_FAULT)
-    async def unload(model: str) -> ErrorResponse:
-        raise NotOfferedError("Unloading over the API is not offered.")
+    @router.post("/repository/models/{model}/load", summary="Load a model", **change)
+    async def load(model: str, request: Request) -> Done:
+        await changes.load(operations, model, (await _body_of(request, ChangeBody)).parameters)
+        return Done()
+
+    @router.post("/repository/models/{model}/unload", summary="Unload a model", **change)
+    async def unload(model: str, request: Request) -> Done:
+        await _body_of(request, ChangeBody)
+        await changes.unload(operations, model)
+        return Done()
+
+
+def _described(body: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
+
+
+async def _body_of(request: Request, body: type[Body]) -> Body:
+    """Read a small JSON body, or none; whatever its Content-Type says: Triton's client sends none.
+
+    Raises:
+        TooLargeError: it is more than such a body has to say.
+        BadRequestError: it is not what it should be.
+    """
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_SMALL_BODY:
+            raise BodyTooLargeError(f"The body is larger than the {MAX_SMALL_BODY:,} bytes that this route takes.")
+    try:
+        return body.model_validate_json(data or b"{}")
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "the body"
+        raise BadRequestError(f"{place}: {problem['msg'].lower()}.") from None
 
 
 def _add_refusals(router: APIRouter) -> None:

@@ -226,3 +226,15 @@ class IndexEntry(BaseModel):
     version: str
     state: str = Field(description="UNKNOWN, READY, UNAVAILABLE, LOADING or UNLOADING.")
     reason: str
+
+
+class ChangeBody(BaseModel):
+    """What Triton's clients send with loading and unloading."""
+
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Those that bring a model along (`config`, `file:…`) are refused."
+    )
+
+
+class Done(BaseModel):
+    """Nothing but success: every process has done it."""

@@ -116,12 +116,28 @@ def statistics(models: Iterable[LoadedModel], metrics: Metrics) -> dict[str, Any
 
 
 def repository_index(repository: Repository, *, ready_only: bool = False) -> list[dict[str, str]]:
-    """Return `RepositoryIndex`: every model, its version and state."""
-    return [
-        {"name": entry.name, "version": entry.version, "state": _STATES[entry.state], "reason": entry.reason}
-        for entry in repository.entries.values()
-        if entry.state is State.READY or not ready_only
-    ]
+    """Return `RepositoryIndex`: every version of every model, and a model without one with an empty version."""
+    index = []
+    for entry in repository.entries.values():
+        for one in entry.versions.values() or (entry,):
+            if one.state is State.READY or not ready_only:
+                version = {"name": one.name, "version": one.version, "state": _STATES[one.state], "reason": one.reason}
+                index.append(version)
+    return index
+
+
+def ready_models(repository: Repository) -> list[LoadedModel]:
+    """Return every version of every model that takes work."""
+    versions = (version for entry in repository.entries.values() for version in entry.versions.values())
+    return [version.model for version in versions if version.model is not None]
+
+
+def versions_of(repository: Repository, model: LoadedModel, asked: str | None) -> list[str]:
+    """Return the versions that metadata lists: the one that was asked for, or all of the model that take work."""
+    entry = repository.entries.get(model.name)
+    if asked is not None or entry is None:
+        return [model.version]
+    return [version.version for version in entry.versions.values() if version.model is not None]
 
 
 def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
