@@ -69,7 +69,8 @@ def create_app(
         describe(app)
     guard = Guard(
         predict.Front(v2.Front(app, inferrer), predictor),
+        predictor.begin,
         keyring,
         [route for router in routers for route in router.routes],
     )
-    return Observe(guard, metrics, access_log)
+    return Observe(guard, guard.begin, metrics, access_log)

@@ -14,6 +14,7 @@ from app import keys
 from app.errors import ForbiddenError, SettingsError, UnauthorizedError
 from app.http.auth import OPEN, access_of
 from app.keys import Access, Keyring, make_key, presented_in, read_keys
+from tests.app.test_connection import request, wire
 from tests.app.watching import free_port, logged_with, messages, wait_for
 from tests.bundles import plain_image
 from tests.servers import ConvoyProcess, convoy
@@ -316,6 +317,26 @@ def test_a_new_key_is_taken_and_a_withdrawn_one_refused_while_it_serves(guarded)
     assert server.client.get("/models", headers=bearer(setup.held["predict"])).status_code == 200
     setup.file.write_text(before)
     assert not any(held in setup.log.read_text() for held in (*setup.held.values(), key))
+
+
+def test_a_request_that_comes_whole_is_asked_for_its_key_each_time(guarded):
+    """Its head is read once; whether its key still opens the door is asked for every request."""
+    setup, server = guarded
+    before = setup.file.read_text()
+    key = add(setup.file, "whole", "predict")
+    with wire(server) as client:
+
+        def status(*headers: str) -> int:
+            client.send(request(RED, "/predict", *headers))
+            return client.answer().status
+
+        wait_for(lambda: status(f"X-API-Key: {key}") == 200)
+        for _ in range(3):
+            assert status(f"X-API-Key: {key}", "X-Request-Id: keyed-whole") == 200
+            assert (status(), status("X-API-Key: wrong"), status(f"Authorization: {key}")) == (401, 401, 401)
+        setup.file.write_text(before)
+        wait_for(lambda: status(f"X-API-Key: {key}") == 401)
+    assert {line["key"] for line in logged_with(server, "keyed-whole")} == {"whole"}
 
 
 def test_without_keys_load_is_refused_all_the_same(server):
