@@ -17,7 +17,7 @@ from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, parse_inference, 
 from app.metrics import Metrics
 from app.operations import Operations
 from app.repository import Repository
-from app.v2 import changes, metadata
+from app.v2 import metadata
 from app.v2.inference import infer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -110,18 +110,17 @@ class Methods(grpc.GenericRpcHandler):
 
     async def _model_metadata(self, request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
         model = self._engine.model(request.name, request.version or None)
-        versions = metadata.versions_of(self._repository, model, request.version or None)
-        return filled(pb.ModelMetadataResponse(), metadata.model_metadata(model, versions))
+        return filled(pb.ModelMetadataResponse(), metadata.model_metadata(model, self._repository))
 
     async def _model_config(self, request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
         model = self._engine.model(request.name, request.version or None)
         return pb.ModelConfigResponse(config=filled(pb.ModelConfig(), metadata.model_config(model)))
 
     async def _model_statistics(self, request: pb.ModelStatisticsRequest, call: Call) -> pb.ModelStatisticsResponse:
+        models = metadata.served(self._repository, request.name or None)
         if request.name:
-            models = [self._engine.model(request.name, request.version or None)]
-        else:
-            models = metadata.ready_models(self._repository)
+            model = self._engine.model(request.name, request.version or None)
+            models = [model] if request.version else models
         return filled(pb.ModelStatisticsResponse(), metadata.statistics(models, self._metrics))
 
     async def _repository_index(self, request: pb.RepositoryIndexRequest, call: Call) -> pb.RepositoryIndexResponse:
@@ -147,12 +146,13 @@ class Methods(grpc.GenericRpcHandler):
 
     async def _load(self, request: pb.RepositoryModelLoadRequest, call: Call) -> pb.RepositoryModelLoadResponse:
         name = _model_of(request)
-        await changes.load(self._operations, name, request.parameters)
+        metadata.refuse_foreign(request.parameters)
+        await self._operations.load(name)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, request: pb.RepositoryModelUnloadRequest, call: Call) -> pb.RepositoryModelUnloadResponse:
         name = _model_of(request)
-        await changes.unload(self._operations, name)
+        await self._operations.unload(name)
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
 

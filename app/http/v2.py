@@ -10,30 +10,29 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
-from fastapi import APIRouter, Depends, Header, Request
-from pydantic import BaseModel, ValidationError
+from fastapi import APIRouter, Depends, Header
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.engine import Engine
-from app.errors import BadRequestError, BodyTooLargeError, NotOfferedError, UnavailableError
+from app.errors import BadRequestError, NotOfferedError, UnavailableError
 from app.http.bodies import BodyLimits, read_body, too_large
 from app.http.connection import Connection
 from app.http.direct import Direct, admitted, answer_directly
-from app.http.models import OPERATION_FAULTS
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse
-from app.http.v2_messages import Writer, cost_of, deflate, inflate, parse
+from app.http.v2_messages import Writer, cost_of, deflate, inflate, json_object, parse
 from app.http.v2_schemas import (
+    INDEX_BODY,
     INFER_BODY,
     INFER_RESPONSE,
-    ChangeBody,
-    Done,
-    IndexBody,
+    OPERATION_BODY,
     IndexEntry,
+    Loaded,
     ModelConfig,
     ModelMetadata,
     ModelNames,
@@ -42,20 +41,21 @@ from app.http.v2_schemas import (
     ServerMetadata,
     ServerReady,
     Statistics,
+    Unloaded,
 )
 from app.loading import LoadedModel
 from app.metrics import Metrics
 from app.operations import Operations
 from app.probes import Probes
 from app.repository import Repository
-from app.v2 import changes, metadata
+from app.v2 import metadata
 from app.v2.inference import SLOW_ELEMENTS, infer
 
 MODEL = "/v2/models/{model}"
 VERSION = MODEL + "/versions/{version}"
 _WAY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-MAX_SMALL_BODY = 64 * 1024
-Body = TypeVar("Body", bound=BaseModel)
+MAX_DOCUMENT_BYTES = 65_536
+"""Body of a request that is no inference."""
 _LENGTH_HEADER = b"inference-header-content-length"
 
 Asked = tuple[str, str | None]
@@ -196,7 +196,7 @@ def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metri
 
     @router.get("/models/stats", summary="Statistics of all models")
     async def statistics() -> Statistics:
-        return Statistics(**metadata.statistics(metadata.ready_models(repository), metrics))
+        return Statistics(**metadata.statistics(metadata.served(repository), metrics))
 
 
 def _by_name(model: str) -> Asked:
@@ -221,8 +221,8 @@ def _add_model_routes(
 
     @router.get(prefix, summary="Model metadata", responses=_ANY_FAULT)
     async def described(chosen: Chosen) -> ModelMetadata:
-        model, version = engine.model(*chosen), chosen[1]
-        return ModelMetadata(**metadata.model_metadata(model, metadata.versions_of(repository, model, version)))
+        model = engine.model(*chosen)
+        return ModelMetadata(**metadata.model_metadata(model, repository))
 
     @router.get(
         f"{prefix}/ready", summary="Whether a model is ready", responses=_ANY_FAULT | {503: {"model": ModelReady}}
@@ -240,7 +240,10 @@ def _add_model_routes(
 
     @router.get(f"{prefix}/stats", summary="Statistics of a model", responses=_ANY_FAULT)
     async def statistics(chosen: Chosen) -> Statistics:
-        return Statistics(**metadata.statistics([engine.model(*chosen)], metrics))
+        name, version = chosen
+        model = engine.model(name, version)
+        models = metadata.served(repository, name) if version is None else [model]
+        return Statistics(**metadata.statistics(models, metrics))
 
     @router.post(
         f"{prefix}/infer",
@@ -253,52 +256,59 @@ def _add_model_routes(
 
 
 def _add_repository_routes(router: APIRouter, repository: Repository, operations: Operations) -> None:
+    """Add the model repository extension; that load and unload need an administrator's key is `auth.py`'s."""
+
     @router.post(
         "/repository/index",
-        summary="Models of the repository, with states",
+        summary="Versions in the repository, with states",
         responses=_ANY_FAULT,
-        openapi_extra=_described(IndexBody),
+        openapi_extra=INDEX_BODY,
     )
     async def index(request: Request) -> list[IndexEntry]:
-        ready_only = (await _body_of(request, IndexBody)).ready
+        ready_only = (await _small_document(request)).get("ready", False)
+        if not isinstance(ready_only, bool):
+            raise BadRequestError("The index's field 'ready' must be true or false.")
         return [IndexEntry(**entry) for entry in metadata.repository_index(repository, ready_only=ready_only)]
 
-    change: dict[str, Any] = {"responses": OPERATION_FAULTS, "openapi_extra": _described(ChangeBody)}
+    @router.post(
+        "/repository/models/{model}/load",
+        summary="Load a model, or load it again",
+        responses=_ANY_FAULT,
+        openapi_extra=OPERATION_BODY,
+    )
+    async def load(model: str, request: Request) -> Loaded:
+        parameters = (await _small_document(request)).get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise BadRequestError("The parameters of a load must be an object.")
+        metadata.refuse_foreign(parameters)
+        await operations.load(model)
+        return Loaded(name=model, load=True)
 
-    @router.post("/repository/models/{model}/load", summary="Load a model", **change)
-    async def load(model: str, request: Request) -> Done:
-        await changes.load(operations, model, (await _body_of(request, ChangeBody)).parameters)
-        return Done()
-
-    @router.post("/repository/models/{model}/unload", summary="Unload a model", **change)
-    async def unload(model: str, request: Request) -> Done:
-        await _body_of(request, ChangeBody)
-        await changes.unload(operations, model)
-        return Done()
-
-
-def _described(body: type[BaseModel]) -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
+    @router.post(
+        "/repository/models/{model}/unload",
+        summary="Unload a model",
+        responses=_ANY_FAULT,
+        openapi_extra=OPERATION_BODY,
+    )
+    async def unload(model: str, request: Request) -> Unloaded:
+        await _small_document(request)
+        await operations.unload(model)
+        return Unloaded(name=model, unload=True)
 
 
-async def _body_of(request: Request, body: type[Body]) -> Body:
-    """Read a small JSON body, or none; whatever its Content-Type says: Triton's client sends none.
+async def _small_document(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request's body, whatever its Content-Type says; empty where there is no body.
 
     Raises:
-        TooLargeError: it is more than such a body has to say.
-        BadRequestError: it is not what it should be.
+        BadRequestError: it is no JSON object.
+        BodyTooLargeError: it is no small one.
     """
-    data = b""
+    body = b""
     async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_SMALL_BODY:
-            raise BodyTooLargeError(f"The body is larger than the {MAX_SMALL_BODY:,} bytes that this route takes.")
-    try:
-        return body.model_validate_json(data or b"{}")
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "the body"
-        raise BadRequestError(f"{place}: {problem['msg'].lower()}.") from None
+        body += chunk
+        if len(body) > MAX_DOCUMENT_BYTES:
+            raise too_large(MAX_DOCUMENT_BYTES)
+    return json_object(body) if body.strip() else {}
 
 
 def _add_refusals(router: APIRouter) -> None:

@@ -100,6 +100,25 @@ INFER_RESPONSE: dict[str, Any] = {
         "application/octet-stream": _BINARY,
     },
 }
+INDEX_BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"ready": {"type": "boolean", "description": "Only those that are ready."}},
+                }
+            }
+        }
+    }
+}
+OPERATION_BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {"schema": {"type": "object", "properties": {"parameters": {"type": "object"}}}}
+        }
+    }
+}
 
 
 class ServerMetadata(BaseModel):
@@ -213,12 +232,6 @@ class Statistics(BaseModel):
     model_stats: list[ModelStatistics]
 
 
-class IndexBody(BaseModel):
-    """What to list."""
-
-    ready: bool = Field(default=False, description="Only those that are ready.")
-
-
 class IndexEntry(BaseModel):
     """One version of a model in the repository."""
 
@@ -228,13 +241,15 @@ class IndexEntry(BaseModel):
     reason: str
 
 
-class ChangeBody(BaseModel):
-    """What Triton's clients send with loading and unloading."""
+class Loaded(BaseModel):
+    """The model is loaded, in every worker."""
 
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="Those that bring a model along (`config`, `file:…`) are refused."
-    )
+    name: str
+    load: bool
 
 
-class Done(BaseModel):
-    """Nothing but success: every process has done it."""
+class Unloaded(BaseModel):
+    """The model is unloaded, in every worker."""
+
+    name: str
+    unload: bool

@@ -9,6 +9,7 @@ from typing import Any
 
 from app import __version__
 from app.batcher import DEFAULT_URGENCY
+from app.errors import BadRequestError
 from app.loading import LoadedModel
 from app.metrics import BATCH_SIZES, Metrics
 from app.repository import Repository, State
@@ -43,14 +44,14 @@ def server_metadata() -> dict[str, Any]:
     return {"name": SERVER_NAME, "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def model_metadata(model: LoadedModel, versions: Iterable[str]) -> dict[str, Any]:
-    """Return `ModelMetadata`: the tensors of the graph itself.
+def model_metadata(model: LoadedModel, repository: Repository) -> dict[str, Any]:
+    """Return `ModelMetadata`: the tensors of the graph itself, and the versions that take work.
 
     That an image classifier also takes encoded images, under the same input's name, is in its configuration.
     """
     return {
         "name": model.name,
-        "versions": list(versions),
+        "versions": [version.version for version in served(repository, model.name)] or [model.version],
         "platform": PLATFORM,
         "inputs": [_tensor_metadata(spec) for spec in model.inputs],
         "outputs": [_tensor_metadata(spec) for spec in model.outputs],
@@ -116,28 +117,45 @@ def statistics(models: Iterable[LoadedModel], metrics: Metrics) -> dict[str, Any
 
 
 def repository_index(repository: Repository, *, ready_only: bool = False) -> list[dict[str, str]]:
-    """Return `RepositoryIndex`: every version of every model, and a model without one with an empty version."""
+    """Return `RepositoryIndex`: every model, its version and state."""
     index = []
     for entry in repository.entries.values():
-        for one in entry.versions.values() or (entry,):
-            if one.state is State.READY or not ready_only:
-                version = {"name": one.name, "version": one.version, "state": _STATES[one.state], "reason": one.reason}
-                index.append(version)
+        # A folder that holds no version is somebody's mistake, to be told.
+        for found in entry.versions.values() or [entry]:
+            if found.state is State.READY or not ready_only:
+                index.append(
+                    {
+                        "name": entry.name,
+                        "version": found.version,
+                        "state": _STATES[found.state],
+                        "reason": found.reason,
+                    }
+                )
     return index
 
 
-def ready_models(repository: Repository) -> list[LoadedModel]:
-    """Return every version of every model that takes work."""
-    versions = (version for entry in repository.entries.values() for version in entry.versions.values())
-    return [version.model for version in versions if version.model is not None]
+def served(repository: Repository, name: str | None = None) -> list[LoadedModel]:
+    """Return what takes work: every version of one model, or of all, the oldest first."""
+    entries = repository.entries.values() if name is None else filter(None, [repository.entries.get(name)])
+    return [
+        version.model
+        for entry in entries
+        for _, version in sorted(entry.versions.items(), key=lambda item: int(item[0] or 0))
+        if version.model is not None
+    ]
 
 
-def versions_of(repository: Repository, model: LoadedModel, asked: str | None) -> list[str]:
-    """Return the versions that metadata lists: the one that was asked for, or all of the model that take work."""
-    entry = repository.entries.get(model.name)
-    if asked is not None or entry is None:
-        return [model.version]
-    return [version.version for version in entry.versions.values() if version.model is not None]
+def refuse_foreign(parameters: Iterable[str]) -> None:
+    """Check the parameters of a request to load a model.
+
+    Raises:
+        BadRequestError: they bring a configuration, or files: models come from the models directory alone.
+    """
+    for name in parameters:
+        if name == "config" or name.startswith("file:"):
+            raise BadRequestError(
+                f"The parameter '{name[:80]}' is refused: models come from the models directory alone."
+            )
 
 
 def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
