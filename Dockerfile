@@ -24,7 +24,7 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
     lists = {'base': project['dependencies'], **project['optional-dependencies']}; \
     [open(name + '.txt', 'w').write('\n'.join(lines)) for name, lines in lists.items()]"
 RUN --mount=type=cache,target=/var/cache/pip \
-    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r base.txt
+    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r base.txt -r grpc.txt
 
 
 FROM dependencies AS dependencies-cpu

@@ -103,7 +103,10 @@ class Connections(set[asyncio.Protocol]):
 
 
 class Acceptor:
-    """Accepts for one of several workers, one connection at a time. Used on the event loop only."""
+    """Accepts for one of several workers, one connection at a time; for any worker what waits at the end.
+
+    Used on the event loop only. One that was not started accepts nothing before `close`: another does meanwhile.
+    """
 
     def __init__(
         self,
@@ -122,9 +125,14 @@ class Acceptor:
         self._greeting: set[asyncio.Task[None]] = set()
         self._resume: asyncio.TimerHandle | None = None
         self._patience_s = PATIENCE_S
+        self._started = False
         self._closed = False
         listener.setblocking(False)
-        self._loop.add_reader(listener, self._wake)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._started = True
+        self._loop.add_reader(self._listener, self._wake)
 
     @property
     def greeting(self) -> int:
@@ -134,7 +142,8 @@ class Acceptor:
     def close(self) -> None:
         """Take what waits already, so that it is not cut off, and accept nothing more."""
         self._closed = True
-        self._loop.remove_reader(self._listener)
+        if self._started:
+            self._loop.remove_reader(self._listener)
         if self._resume is not None:
             self._resume.cancel()
         for _ in range(BACKLOG):

@@ -158,6 +158,7 @@ class Admission:
         self.images = 0
         self.bytes = 0
         self.pixels = 0
+        self.deadlines = Deadlines()
         self._clock = clock
         self._lanes: dict[str, Lane] = {}
         self._metrics = metrics
@@ -187,12 +188,53 @@ class Admission:
         return lane
 
 
-class Ticket:
-    """One request's stay: what it holds, and until when it may hold it. Used in a `with` block, in the request's task.
+class Deadlines:
+    """Ends the stays whose deadline passes, with one timer for all instead of one that is set and unset a request.
 
-    When the deadline passes, or `abandon` is called, whatever the task awaits is cancelled, and the block ends with
-    DeadlineError or AbandonedError; the drop is counted under the stage that the request was in. What it held is given
-    back in every case.
+    Most requests have the same time to live, so the timer is set anew about once in that time.
+    """
+
+    def __init__(self) -> None:
+        self._stays: set[Ticket] = set()
+        self._next = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, stay: "Ticket") -> None:
+        """Watch a stay."""
+        self._stays.add(stay)
+        if stay.deadline < self._next:
+            self._set(stay.deadline)
+
+    def remove(self, stay: "Ticket") -> None:
+        """Watch it no longer; without any, the timer stays as it is, for the next ones."""
+        self._stays.discard(stay)
+
+    def _set(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = deadline
+        # Never early: the loop rounds to whole milliseconds.
+        wait_s = max(0.0, deadline - time.monotonic()) + 0.001
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring)
+
+    def _ring(self) -> None:
+        now = time.monotonic()
+        late = [stay for stay in self._stays if stay.deadline <= now]
+        self._stays.difference_update(late)
+        self._next, self._timer = math.inf, None
+        if self._stays:
+            self._set(min(stay.deadline for stay in self._stays))
+        for stay in late:
+            stay.expire()
+
+
+class Ticket:
+    """One request's stay: what it holds, and until when it may hold it.
+
+    In a request's task it is used in a `with` block: when the deadline passes, or `abandon` is called, whatever the
+    task awaits is cancelled, and the block ends with DeadlineError or AbandonedError. Without a task, `open` says who
+    is told instead. The drop is counted under the stage that the request was in. What it held is given back in every
+    case.
 
     Attributes:
         deadline: `time.monotonic()` after which the answer is worthless, seconds.
@@ -206,7 +248,7 @@ class Ticket:
         "_lane",
         "_reason",
         "_task",
-        "_timer",
+        "_tell",
         "bytes",
         "deadline",
         "images",
@@ -214,12 +256,12 @@ class Ticket:
         "stage",
         "urgency",
     )
-    _timer: asyncio.TimerHandle
 
     def __init__(self, admission: Admission, lane: Lane, deadline: float, urgency: int) -> None:
         self._admission = admission
         self._lane = lane
         self._reason = ""
+        self._tell: Callable[[], object] | None = None
         self.deadline = deadline
         self.urgency = urgency
         self.stage = "body"
@@ -299,29 +341,22 @@ class Ticket:
         return give_back
 
     def shorten(self, deadline: float) -> None:
-        """Bring the deadline forward; one that is later than the present one changes nothing. Only inside the block."""
+        """Bring the deadline forward; one that is later than the present one changes nothing. Only while it is open."""
         if deadline < self.deadline:
             self.deadline = deadline
-            self._timer.cancel()
-            self._timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), self._end, "deadline")
+            self._admission.deadlines.add(self)
 
-    def abandon(self) -> None:
-        """End the stay: nobody waits for the answer any more."""
-        self._end("disconnected")
-
-    def __enter__(self) -> Self:
-        task = asyncio.current_task()
-        assert task is not None, "a ticket belongs to a task"
-        self._task = task
-        self._cancelling = task.cancelling()
-        self._timer = asyncio.get_running_loop().call_later(self.deadline - time.monotonic(), self._end, "deadline")
+    def open(self, tell: Callable[[], object]) -> None:
+        """Begin the stay; `tell` is called, at most once, when it must end before it is closed."""
+        self._tell = tell
+        self._admission.deadlines.add(self)
         self._lane.metrics.inflight_requests.inc()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._timer.cancel()
-        reason, self._reason = self._reason, self._reason or "over"  # from now on `abandon` has nothing to end
+    def close(self, *, finished: bool) -> None:
+        """End the stay and give back what it held; `finished`: its images have their answer."""
+        self._tell = None  # from now on nothing has to be ended
         admission, lane = self._admission, self._lane
+        admission.deadlines.remove(self)
         lane.metrics.inflight_requests.inc(-1)
         if self.bytes:
             admission.add_bytes(-self.bytes)
@@ -329,24 +364,51 @@ class Ticket:
             admission.add_pixels(-self.pixels)
         if self.images:
             admission.add_images(-self.images)
-            lane.let_go(self.images, self.images if kind is None else 0)
-        if kind is None:
-            return
-        if issubclass(kind, asyncio.CancelledError):
-            lane.metrics.dropped(self.stage, reason or "draining")
-            if reason and self._task.uncancel() <= self._cancelling:  # the cancellation was ours, and ends here
-                raise self._failure() from None
-        elif issubclass(kind, AbandonedError):
-            lane.metrics.dropped(self.stage, "disconnected")
+            lane.let_go(self.images, self.images if finished else 0)
 
-    def _end(self, reason: str) -> None:
-        if not self._reason:
-            self._reason = reason
-            self._task.cancel()
-
-    def _failure(self) -> Exception | type[Exception]:
+    def drop(self) -> Exception:
+        """Count that the stay was ended before its answer was there, and return why, as an error."""
+        self._lane.metrics.dropped(self.stage, self._reason or "draining")
         if self._reason == "disconnected":
-            return AbandonedError
+            return AbandonedError()
         if self.stage == "body":
             return DeadlineError("The deadline passed before the whole body had arrived.")
         return DeadlineError(f"The deadline passed in the stage '{self.stage}'.")
+
+    def abandon(self) -> None:
+        """End the stay: nobody waits for the answer any more."""
+        self._end("disconnected")
+
+    def expire(self) -> None:
+        """End the stay: its deadline has passed."""
+        self._end("deadline")
+
+    def cancelled_for(self, reason: str) -> None:
+        """Say why others have cancelled the task: `disconnected` or `deadline`; it is counted and told so."""
+        self._reason = self._reason or reason
+        self._tell = None
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None, "a ticket belongs to a task"
+        self._task = task
+        self._cancelling = task.cancelling()
+        self.open(task.cancel)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close(finished=kind is None)
+        if kind is None:
+            return
+        if issubclass(kind, asyncio.CancelledError):
+            failure = self.drop()
+            if self._reason and self._task.uncancel() <= self._cancelling:  # the cancellation was ours, and ends here
+                raise failure from None
+        elif issubclass(kind, AbandonedError):
+            self._lane.metrics.dropped(self.stage, "disconnected")
+
+    def _end(self, reason: str) -> None:
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            self._reason = reason
+            tell()

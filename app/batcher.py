@@ -21,6 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -42,6 +43,22 @@ WORTH_SHARING_S = 0.002
 Clock = Callable[[], float]
 
 
+class Answer(Protocol):
+    """Who waits for a job's rows: a future, or whoever does without a task. Used on the event loop."""
+
+    def done(self) -> bool:
+        """Tell whether nothing is waited for any more."""
+        ...
+
+    def set_result(self, outputs: tuple[Array, ...], /) -> None:
+        """Take one array per output of the graph, each `[rows, …]`."""
+        ...
+
+    def set_exception(self, error: ConvoyError, /) -> None:
+        """Take the error."""
+        ...
+
+
 class Job:
     """One request's rows on their way through the sessions.
 
@@ -51,7 +68,7 @@ class Job:
         deadline: clock time after which nobody wants the answer, seconds.
         urgency: 0 (first) to 7 (last); the more urgent are taken first, whatever waits longer.
         kind: jobs of equal kinds may share a batch.
-        answer: the future that gets one array per output of the graph, each `[rows, …]`, or the job's error.
+        answer: gets one array per output of the graph, each `[rows, …]`, or the job's error.
         taken: rows that a session has taken so far.
         returned: rows whose batch has come back.
         parts: what came back of a job that was split, by first row.
@@ -78,7 +95,7 @@ class Job:
         inputs: tuple[Array, ...],
         rows: int,
         deadline: float,
-        answer: asyncio.Future[tuple[Array, ...]],
+        answer: Answer,
         urgency: int = DEFAULT_URGENCY,
         kind: Hashable = None,
     ) -> None:
@@ -324,6 +341,7 @@ class Batcher:
         deadline: float,
         urgency: int = DEFAULT_URGENCY,
         kind: Hashable = None,
+        answer: Answer | None = None,
     ) -> Job:
         """Put rows in line, to be batched with whatever else of their kind waits. Call on the event loop.
 
@@ -334,6 +352,7 @@ class Batcher:
             urgency: 0 (first) to 7 (last).
             kind: equal for rows that one run can take together; a request that must run alone, in shapes of its own,
                 is one row of a kind that no other has.
+            answer: who waits; None: a future, for a task to await.
 
         Returns:
             The job; await its `answer` (one array per output, or InferenceError), and abandon it if you give up.
@@ -343,7 +362,7 @@ class Batcher:
         """
         if self._line.closed:
             raise UnavailableError("The model is being unloaded; try again.")
-        job = Job(inputs, rows, deadline, self._loop.create_future(), urgency, kind)
+        job = Job(inputs, rows, deadline, self._loop.create_future() if answer is None else answer, urgency, kind)
         if not self._arrived:
             # One lock and one wake-up for all that arrive in this turn of the loop, and they share a batch.
             self._loop.call_soon(self._enter_line)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.admission import Admission, Ticket
-from app.batcher import DEFAULT_URGENCY
+from app.batcher import DEFAULT_URGENCY, Job
 from app.cpus import step_back
 from app.errors import ConvoyError, TooLargeError
 from app.images import count_pixels, decode
@@ -55,6 +55,10 @@ class Inference:
     model: LoadedModel
     outputs: tuple[Array, ...]
     stages: Stages
+
+
+Tell = Callable[[Prediction | Exception], None]
+GiveUp = Callable[[], None]
 
 
 class Engine(Protocol):
@@ -105,6 +109,23 @@ class Engine(Protocol):
             QueueFullError: the images do not fit in.
             BadImageError, TooLargeError: an image is refused; with several images the sentence names its index.
             InferenceError: the session failed on these images.
+        """
+        ...
+
+    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+        """Do what `classify` does with one small image, without a task to wait in.
+
+        Args:
+            model: from `model()`.
+            image: an encoded image.
+            ticket: the request's own, open.
+            tell: called once with the prediction, or what went wrong; never before this returns.
+
+        Returns:
+            What gives the image up, after which nobody is told; None: it is not small, and is `classify`'s.
+
+        Raises:
+            As `classify`, of what can be told at once.
         """
         ...
 
@@ -161,7 +182,7 @@ class LocalEngine:
         stages.decode_s = time.monotonic() - started
         model.metrics.decode.observe(stages.decode_s)
         outputs = await self._run(model, (pixels,), len(images), None, ticket, stages)
-        return Prediction(model, cast(NDArray[np.float32], outputs[0]), stages)
+        return Prediction(model, cast("NDArray[np.float32]", outputs[0]), stages)
 
     async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
         """See `Engine.infer`."""
@@ -170,6 +191,21 @@ class LocalEngine:
         stages = Stages()
         outputs = await self._run(model, tuple(inputs), rows, model.kind_of(inputs), ticket, stages)
         return Inference(model, outputs, stages)
+
+    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+        """See `Engine.begin`."""
+        if len(image) > INLINE_BYTES:
+            return None
+        ticket.hold_images(1)
+        ticket.stage = "decode"
+        started = time.monotonic()
+        pixels = _decode_small([image], model.classifier.pixels)
+        if pixels is None:
+            return None
+        ticket.stage = "queue"
+        waiting = _Waiting(model, ticket, tell, Stages(time.monotonic() - started))
+        waiting.job = model.batcher.submit((pixels,), 1, ticket.deadline, ticket.urgency, None, waiting)
+        return waiting.give_up
 
     def close(self) -> None:
         """Stop the decode pool; a decode that runs cannot be interrupted, and is not waited for."""
@@ -207,20 +243,73 @@ class LocalEngine:
         stages: Stages,
     ) -> tuple[Array, ...]:
         ticket.stage = "queue"
-        job = model.batcher.submit(inputs, rows, ticket.deadline, ticket.urgency, kind)
+        answer: asyncio.Future[tuple[Array, ...]] = asyncio.get_running_loop().create_future()
+        job = model.batcher.submit(inputs, rows, ticket.deadline, ticket.urgency, kind, answer)
         try:
-            outputs = await job.answer
+            outputs = await answer
         finally:
             stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
             if job.waiting_rows:
                 model.batcher.abandon(job)
             if job.taken:  # only now: until it was abandoned, a session may have taken it
                 ticket.stage = "infer"
-        metrics = model.metrics
-        metrics.queue.observe(stages.queue_s)
-        metrics.infer.observe(stages.infer_s)
-        metrics.images.inc(rows)
+        _count(model, stages, rows)
         return outputs
+
+
+class _Waiting:
+    """One image on its way through a model, for whom no task waits: the batcher answers it as it answers a future."""
+
+    __slots__ = ("_model", "_stages", "_tell", "_ticket", "job")
+
+    job: Job | None
+
+    def __init__(self, model: LoadedModel, ticket: Ticket, tell: Tell, stages: Stages) -> None:
+        self._model = model
+        self._ticket = ticket
+        self._tell: Tell | None = tell
+        self._stages = stages
+
+    def done(self) -> bool:
+        """Tell whether nobody waits any more."""
+        return self._tell is None
+
+    def set_result(self, outputs: tuple[Array, ...], /) -> None:
+        """Tell the prediction."""
+        stages, job = self._stages, self.job
+        assert job is not None, "it was submitted, and nothing told yet"
+        stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
+        self._model.metrics.decode.observe(stages.decode_s)
+        _count(self._model, stages, 1)
+        self._end(Prediction(self._model, cast("NDArray[np.float32]", outputs[0]), stages))
+
+    def set_exception(self, error: Exception, /) -> None:
+        """Tell what went wrong."""
+        self._end(error)
+
+    def give_up(self) -> None:
+        """Wait no longer."""
+        job = self.job
+        self._tell = self.job = None
+        if job is not None:
+            if job.waiting_rows:
+                self._model.batcher.abandon(job)
+            if job.taken:  # only now: until it was abandoned, a session may have taken it
+                self._ticket.stage = "infer"
+
+    def _end(self, result: Prediction | Exception) -> None:
+        tell = self._tell
+        assert tell is not None, "nobody is told twice"
+        self._tell = self.job = None  # a job and who waits for it hold each other
+        tell(result)
+
+
+def _count(model: LoadedModel, stages: Stages, rows: int) -> None:
+    """Count rows that have their answer, and the time that they took."""
+    metrics = model.metrics
+    metrics.queue.observe(stages.queue_s)
+    metrics.infer.observe(stages.infer_s)
+    metrics.images.inc(rows)
 
 
 def _decode_small(images: Sequence[bytes], recipe: PixelRecipe) -> NDArray[np.uint8] | None:

@@ -240,6 +240,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service = service
+        self._acceptors: list[Acceptor] = []
         self._probe_port = ProbePort(service.probes, probe_port)
         self._grpc_started = service.grpc is None
 
@@ -254,6 +255,13 @@ class Server(uvicorn.Server):
         loop, tls = asyncio.get_running_loop(), options(self.config.ssl)
         for listener in sockets or []:
             self.servers.append(await loop.create_server(self._new_connection, sock=listener, backlog=BACKLOG, **tls))
+            self._accept_from(listener)
+
+    def _accept_from(self, listener: socket.socket) -> Acceptor:
+        page, pages = self.service.page, self.service.metrics.pages
+        acceptor = Acceptor(listener, self._new_connection, page, pages, self.config.ssl)
+        self._acceptors.append(acceptor)
+        return acceptor
 
     def _new_connection(self) -> asyncio.Protocol:
         protocol: Any = self.config.http_protocol_class
@@ -329,6 +337,8 @@ class Server(uvicorn.Server):
             self.service.fault = fault
 
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
+        for acceptor in self._acceptors:
+            acceptor.close()
         for server in self.servers:
             server.close()
         for listener in sockets:
@@ -349,7 +359,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.01)
 
     def _open_connections(self) -> int:
-        return len(self.server_state.connections)
+        return len(self.server_state.connections) + sum(acceptor.greeting for acceptor in self._acceptors)
 
 
 class SharingServer(Server):
@@ -366,20 +376,13 @@ class SharingServer(Server):
         super().__init__(service)
         self._listener = listener
         self._lifeline = lifeline
-        self._acceptor: Acceptor | None = None
         connections: Any = Connections(service.page)
         self.server_state.connections = connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections in turn with the other workers."""
         await super().startup(sockets=[])
-        self._acceptor = Acceptor(
-            self._listener,
-            self._new_connection,
-            self.service.page,
-            self.service.metrics.pages,
-            self.config.ssl,
-        )
+        self._accept_from(self._listener).start()
         asyncio.get_running_loop().add_reader(self._lifeline, self._supervisor_is_gone)
 
     async def on_tick(self, counter: int) -> bool:
@@ -411,12 +414,7 @@ class SharingServer(Server):
         return self.service.page.state is not WriterState.LOADING
 
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
-        if self._acceptor is not None:
-            self._acceptor.close()
-        self._listener.close()
-
-    def _open_connections(self) -> int:
-        return super()._open_connections() + (self._acceptor.greeting if self._acceptor else 0)
+        super()._stop_accepting([self._listener])
 
 
 def serve(settings: Settings) -> None:

@@ -3,9 +3,9 @@
 import asyncio
 import os
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import httpx
 
@@ -33,6 +33,9 @@ from convoy.errors import ConvoyError
 from convoy.images import ImageLike, encoded
 from convoy.results import Model, Prediction, Readiness
 from convoy.wire import lost, pool, prepared, trusts_environment
+
+if TYPE_CHECKING:  # at run time it is the caller's to load
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -110,6 +113,19 @@ class AsyncClient:
     ) -> list[Prediction | ConvoyError]:
         """Classify any number of images, as `predict_many`, and leave an error in the place of each that is refused."""
         return await self._many(images, self._core.ask(top_k, **options), keep_faults=True)
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, "NDArray[Any]"],
+        version: str | None = None,
+        *,
+        deadline_s: float | None = None,
+        priority: int | None = None,
+    ) -> dict[str, "NDArray[Any]"]:
+        """Run a model on tensors; arguments, result and errors are those of `Client.infer`."""
+        ask = self._core.ask_tensors(model, version, deadline_s, priority)
+        return await self._run(self._core.infer(inputs, ask))
 
     async def models(self) -> list[Model]:
         """Return the models of the service, in whatever state; errors are those of `Client.models`."""

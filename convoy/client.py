@@ -3,9 +3,9 @@
 import os
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import httpx
 
@@ -33,6 +33,9 @@ from convoy.errors import ConvoyError
 from convoy.images import ImageLike, encoded
 from convoy.results import Model, Prediction, Readiness
 from convoy.wire import lost, pool, prepared, trusts_environment
+
+if TYPE_CHECKING:  # at run time it is the caller's to load
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -134,6 +137,34 @@ class Client:
         That is an image that cannot be read or decoded, or is too large. Whatever else fails is raised.
         """
         return self._many(images, self._core.ask(top_k, **options), keep_faults=True)
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, "NDArray[Any]"],
+        version: str | None = None,
+        *,
+        deadline_s: float | None = None,
+        priority: int | None = None,
+    ) -> dict[str, "NDArray[Any]"]:
+        """Run a model on tensors, over the Open Inference Protocol, with binary tensors both ways.
+
+        Args:
+            model: its name: any model of the service, whether it knows images and labels or not.
+            inputs: an array for each input of the model, by name; strings as an array of objects, `str` or `bytes`.
+            version: which version; None: the active one.
+            deadline_s: as in `predict`.
+            priority: as in `predict`.
+
+        Returns:
+            an array for each output, by name; the elements of strings are `bytes`.
+
+        Raises:
+            ConvoyError: they were not to be had; its class says why.
+            ValueError, TypeError: an argument is impossible.
+        """
+        ask = self._core.ask_tensors(model, version, deadline_s, priority)
+        return self._run(self._core.infer(inputs, ask))
 
     def models(self) -> list[Model]:
         """Return the models of the service, in whatever state.

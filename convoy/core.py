@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack
 from urllib.parse import quote, urlencode, urlsplit
 
 from convoy.errors import (
@@ -26,7 +26,7 @@ from convoy.errors import (
     kind_of,
     place_of,
 )
-from convoy.images import ImageLike, Part, split
+from convoy.images import ImageLike, Part, is_single, split
 from convoy.results import (
     Model,
     Prediction,
@@ -36,6 +36,10 @@ from convoy.results import (
     read_predictions,
     read_readiness,
 )
+from convoy.tensors import LENGTH_HEADER, pack, unpack
+
+if TYPE_CHECKING:  # at run time it is the caller's to load
+    from numpy.typing import NDArray
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 30.0
@@ -173,26 +177,25 @@ class Core:
         model = model or self._model
         if version is not None and not model:
             raise ValueError(f"version = {version!r} needs a model: the default one may change.")
-        path = "/predict"
-        if model:
-            of_version = f"/versions/{quote(str(version), safe='')}" if version is not None else ""
-            path = f"/models/{quote(model, safe='')}{of_version}/predict"
+        path = f"{_path_of(model, version)}/predict" if model else "/predict"
         if top_k is not None:
             if top_k < 1:
                 raise ValueError(f"top_k cannot be {top_k}: at least one class is asked for.")
             path += "?" + urlencode({"top_k": top_k})
-        headers = {}
-        if priority is not None:
-            if priority not in range(8):
-                raise ValueError(f"priority cannot be {priority}: 0 is first, 7 is last.")
-            headers["Priority"] = f"u={priority}"
-        deadline = None if deadline_s is None else self.clock() + _checked_seconds("deadline_s", deadline_s)
-        return Ask(path, headers, deadline)
+        return self._ask(path, deadline_s, priority)
+
+    def ask_tensors(self, model: str, version: str | None, deadline_s: float | None, priority: int | None) -> Ask:
+        """Return the question that the arguments of an inference make; its deadline counts from now.
+
+        Raises:
+            ValueError: an argument is impossible.
+        """
+        return self._ask(f"/v2{_path_of(model, version)}/infer", deadline_s, priority)
 
     def parts(self, images: Iterable[ImageLike], *, keep_faults: bool) -> Iterator[Part]:
         """Yield the images of a call in parts of one request each; see `convoy.images.split`."""
-        if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "__fspath__"):
-            raise TypeError("predict_many takes several images: give a list, or call predict.")
+        if is_single(images):
+            raise TypeError("Several images are a list, or an array [images, height, width, 3]; for one, call predict.")
         return split(
             images, self._max_images, self._max_bytes - ENVELOPE_BYTES, ENVELOPE_BYTES, keep_faults=keep_faults
         )
@@ -216,6 +219,22 @@ class Core:
         if part.images:
             found |= yield from self._predict_among(part.images, ask, keep_faults)
         return found
+
+    def infer(self, inputs: Mapping[str, "NDArray[Any]"], ask: Ask) -> "Steps[dict[str, NDArray[Any]]]":
+        """Ask for the outputs of a model of tensors.
+
+        Raises:
+            ConvoyError: they were not to be had.
+            TypeError, ValueError: an input cannot be sent.
+        """
+        body, json_length = pack(inputs)
+        headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(json_length)}
+        reply = yield from self._exchange(Request("POST", ask.path, {**ask.headers, **headers}, body), ask.deadline)
+
+        def read() -> "dict[str, NDArray[Any]]":
+            return unpack(reply.body, int(reply.headers.get(LENGTH_HEADER.lower(), len(reply.body))))
+
+        return self._read(reply, read)
 
     def models(self) -> Steps[list[Model]]:
         """Ask which models there are."""
@@ -243,6 +262,15 @@ class Core:
         """Ask once whether the process answers."""
         outcome = yield Send(Request("GET", "/livez"), PROBE_TIMEOUT_S)
         return isinstance(outcome, Reply) and outcome.status == HTTPStatus.OK
+
+    def _ask(self, path: str, deadline_s: float | None, priority: int | None) -> Ask:
+        headers = {}
+        if priority is not None:
+            if priority not in range(8):
+                raise ValueError(f"priority cannot be {priority}: 0 is first, 7 is last.")
+            headers["Priority"] = f"u={priority}"
+        deadline = None if deadline_s is None else self.clock() + _checked_seconds("deadline_s", deadline_s)
+        return Ask(path, headers, deadline)
 
     def _predict_among(
         self, images: Sequence[tuple[int, bytes]], ask: Ask, keep_faults: bool
@@ -320,7 +348,9 @@ class Core:
         }
         try:
             content = _json(outcome)
-            sentence, code = str(content["error"]), str(content.get("code", ""))
+            sentence, code = content["error"], str(content.get("code", ""))
+            if not (sentence and isinstance(sentence, str)):
+                raise ValueError("an error without a sentence")
         except (ValueError, KeyError, TypeError, AttributeError):
             sentence = f"{self.url} answered {_name_of(outcome.status)} without a sentence: it may not be Convoy."
             return kind(sentence, code="bad_answer" if kind is BadAnswerError else "", **common)
@@ -329,7 +359,7 @@ class Core:
     def _read(self, reply: Reply, reader: Callable[[], T]) -> T:
         try:
             return reader()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BadAnswerError(
                 f"{self.url} answered {_name_of(reply.status)} with something that is not Convoy's.",
                 status=reply.status,
@@ -354,7 +384,11 @@ def base_headers(api_key: str | None) -> dict[str, str]:
     Raises:
         ValueError: the key has characters that no header can carry.
     """
-    headers = {"User-Agent": "convoy-client", "Accept": "application/json"}
+    headers = {
+        "User-Agent": "convoy-client",
+        "Accept": "*/*",
+        "Accept-Encoding": "identity",  # numbers are little smaller compressed, and take far longer
+    }
     if api_key:
         if not all("!" <= character <= "~" for character in api_key):
             raise ValueError("api_key holds a space, a line break or a letter beyond ASCII: no key has one.")
@@ -376,6 +410,11 @@ def is_loopback(url: str) -> bool:
 
 def _is_passing(fault: ConvoyError) -> bool:
     return isinstance(fault, UnreachableError) or fault.status in RETRIED
+
+
+def _path_of(model: str, version: str | None) -> str:
+    of_version = "" if version is None else f"/versions/{quote(str(version), safe='')}"
+    return f"/models/{quote(model, safe='')}{of_version}"
 
 
 def _checked_url(url: str) -> str:

@@ -79,6 +79,12 @@ def split(
         yield part
 
 
+def is_single(images: object) -> bool:
+    """Return whether this is one image by mistake, though it could be iterated: over characters, lines, rows."""
+    single = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(images, "read")
+    return single or getattr(images, "ndim", 4) != 4
+
+
 def encoded(image: ImageLike) -> bytes:
     """Return an image as an encoded file; pixels become a PNG, which loses nothing.
 

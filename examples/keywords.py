@@ -238,7 +238,7 @@ def convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]
 # ---------------------------------------------------------------------------------------------------------------------
 # Training.
 
-EPOCHS = 15
+EPOCHS = 20
 BATCH = 64
 LEARNING_RATE = 4e-3
 

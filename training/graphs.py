@@ -30,11 +30,14 @@ def make_graph(
         free: for each input the names of its dimensions, None where one is fixed; equal names are equal sizes.
 
     Raises:
-        ExportError: the module cannot be expressed as a graph.
+        ExportError: the module cannot be expressed as a graph, or not with the dimensions that are to be free.
     """
     sizes = {name: torch.export.Dim(name) for names in free.values() for name in names if name is not None}
     shapes = tuple({at: sizes[name] for at, name in enumerate(free[tensor]) if name is not None} for tensor in inputs)
     module.cpu().eval()
+    # For its own time the exporter replaces how an LSTM is taken apart, so that the length stays free, but not what an
+    # earlier export left in this cache: every second one had a fixed length (torch 2.13).
+    torch.ops.aten.lstm.input._dispatch_cache.clear()
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
@@ -54,7 +57,19 @@ def make_graph(
     model: onnx.ModelProto = program.model_proto
     _strip(model)
     onnx.checker.check_model(model, full_check=True)
+    _check_free(model, free)
     return model
+
+
+def _check_free(model: onnx.ModelProto, free: Mapping[str, Sequence[str | None]]) -> None:
+    """The exporter fixes a dimension that it cannot keep free, and does not say so."""
+    for tensor in model.graph.input:
+        for name, dimension in zip(free[tensor.name], tensor.type.tensor_type.shape.dim, strict=True):
+            if name is not None and not dimension.dim_param:
+                raise ExportError(
+                    f"The network cannot be exported: dimension '{name}' of '{tensor.name}' came out fixed at "
+                    f"{dimension.dim_value}."
+                )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from app.errors import BadRequestError, ConvoyError, QueueFullError
+from app.errors import AbandonedError, BadRequestError, ConvoyError, QueueFullError
 from app.metrics import Metrics
 
 log = logging.getLogger("convoy.access")
@@ -99,6 +99,10 @@ class Calls:
         self._enter = enter
         self._access_log = access_log
         self._readers: set[asyncio.Task[None]] = set()
+        self._may_answer = asyncio.Event()
+        self._may_answer.set()
+        self.begun = 0
+        """Calls that ever came in."""
         self.inside = 0
         """Requests that have no answer yet; idle streams are none."""
         self.cutting_off = False
@@ -109,21 +113,24 @@ class Calls:
 
         async def serve(data: bytes, context: Context) -> Answer:
             call = _begin(context, route)
+            self.begun += 1
             self.inside += 1
             try:
                 call.key = self._enter(context, route)
                 answer = await method(_parse(message, data), call)
+                await self._may_answer.wait()
                 context.set_trailing_metadata((("x-request-id", call.request_id),))
                 call.status = 200
                 return answer
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, AbandonedError):
                 self._note_cancellation(call)
-                raise
+                raise asyncio.CancelledError from None  # gRPC's own way to end a call that nobody waits for
             except Exception as error:
-                await _abort(context, call, self._fault(call, error))
+                fault = self._fault(call, error)
             finally:
                 self.inside -= 1
                 self._record(call, quiet)
+            return await _abort(context, call, fault)
 
         return grpc.unary_unary_rpc_method_handler(serve, None, message_to_bytes)
 
@@ -154,18 +161,17 @@ class Calls:
                 answer = await method(request, call)
                 call.status = 200
                 return answer
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, AbandonedError):
                 self._note_cancellation(call)
-                raise
+                raise asyncio.CancelledError from None  # gRPC's own way to end a call that nobody waits for
             except Exception as error:
                 fault = self._fault(call, error)
-                if strict:
-                    await _abort(context, call, fault)
-                call.code, call.status = fault.code, fault.status
-                return refusal(request, fault)
             finally:
                 self.inside -= 1
                 self._record(call, quiet=False)
+            if strict:
+                await _abort(context, call, fault)
+            return refusal(request, fault)
 
         async def serve(requests: AsyncIterator[bytes], context: Context) -> None:
             strict = dict(context.invocation_metadata() or ()).get("triton_grpc_error") == "true"
@@ -173,10 +179,9 @@ class Calls:
                 self._enter(context, route)
             except ConvoyError as fault:
                 call = _begin(context, route)
-                try:
-                    await _abort(context, call, fault)
-                finally:
-                    self._record(call, quiet=False)
+                self._fault(call, fault)
+                self._record(call, quiet=False)
+                await _abort(context, call, fault)
             line = _Line(requests, lambda data: one(data, context, strict))
             self._readers.add(line.reader)
             line.reader.add_done_callback(self._readers.discard)
@@ -190,24 +195,35 @@ class Calls:
 
         return grpc.stream_stream_rpc_method_handler(serve, None, message_to_bytes)
 
+    def hold_answers(self) -> None:
+        """Keep the answers of single calls back from now on, so that whoever waits for one sends nothing else."""
+        self._may_answer.clear()
+
+    def let_answers_go(self) -> None:
+        """Send what was held back."""
+        self._may_answer.set()
+
     def stop_reading(self) -> None:
         """Take no more requests from open streams; each ends when what was read is answered."""
         for reader in self._readers:
             reader.cancel()
 
     def _note_cancellation(self, call: Call) -> None:
-        """Note why a call was cancelled from outside: its time was over, the service ends, or the client left."""
+        """Note why a call was cancelled before or after its work: its time was over, the service ends, or it left."""
         if time.monotonic() >= call.deadline:
             call.status, call.code = 504, "deadline"
         elif self.cutting_off:
             call.status, call.code = 503, "draining"
 
     def _fault(self, call: Call, error: Exception) -> ConvoyError:
-        """Return what to tell for whatever a method raised."""
+        """Return what to tell for whatever a method raised, and leave it in the call."""
         if isinstance(error, ConvoyError):
-            return error
-        log.exception("request failed", exc_info=error, extra={"request_id": call.request_id})
-        return ConvoyError("Something broke inside; the log has it under this request's id.")
+            fault = error
+        else:
+            log.exception("request failed", exc_info=error, extra={"request_id": call.request_id})
+            fault = ConvoyError("Something broke inside; the log has it under this request's id.")
+        call.code, call.status = fault.code, fault.status
+        return fault
 
     def _record(self, call: Call, quiet: bool) -> None:
         seconds = time.monotonic() - call.started
@@ -298,7 +314,6 @@ def _parse(message: type[Message], data: bytes) -> Message:
 
 async def _abort(context: Context, call: Call, fault: ConvoyError) -> NoReturn:
     """End a call with a fault: its status, its sentence, its code and, where it says so, when to come back."""
-    call.code, call.status = fault.code, fault.status
     trailing: Metadata = (("x-request-id", call.request_id), ("code", fault.code))
     if isinstance(fault, QueueFullError):
         trailing += (("retry-after", str(fault.retry_after_s)),)

@@ -187,7 +187,8 @@ class _Leaving:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, asyncio.CancelledError) and not self._calls.cutting_off:
-            self._ticket.abandon()
+            over = time.monotonic() >= self._call.deadline
+            self._ticket.cancelled_for("deadline" if over else "disconnected")
 
 
 def _model_of(request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> str:

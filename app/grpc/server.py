@@ -35,6 +35,9 @@ MIN_PING_INTERVAL_MS = 10_000
 LAST_REQUEST_S = 0.5
 """How long a call may still come in when the process drains: as over HTTP, one may be on its way."""
 STEP_S = 0.02
+MAX_STEPS = 10
+SEND_S = 0.5
+"""How long an answer may be on its way when everything else has ended."""
 
 
 def create_front(
@@ -162,13 +165,23 @@ class Front:
         until = loop.time() + grace_s
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(min(LAST_REQUEST_S, grace_s))
+        # A call that gRPC has and we do not when it is told to stop is CANCELLED, which no client tries again. So it is
+        # told when there is none: whoever is owed an answer sends nothing, and reads "elsewhere" before the answer.
+        self._calls.hold_answers()
+        for _ in range(MAX_STEPS):
+            begun = self._calls.begun
+            await asyncio.sleep(STEP_S)
+            if begun == self._calls.begun:
+                break
         refusing = asyncio.ensure_future(server.stop(max(until - loop.time(), 0)))
+        await asyncio.sleep(STEP_S)
+        self._calls.let_answers_go()
         self._calls.stop_reading()
         while self._calls.inside and loop.time() < until:
             await asyncio.sleep(STEP_S)
         # What is left is watchers of the health and open reflections, which would wait for ever; or it is too late.
         self._calls.cutting_off = True
-        await server.stop(STEP_S)
+        await server.stop(max(min(SEND_S, until - loop.time()), 0))
         await refusing
 
     async def _tell(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:

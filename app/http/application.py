@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from app import __version__
 from app.engine import Engine
 from app.http import errors, health, models, predict, torchserve, v1, v2
-from app.http.auth import Guard
+from app.http.auth import Guard, describe
 from app.http.bodies import BodyLimits
 from app.http.observe import Observe
 from app.keys import Keyring
@@ -65,9 +65,12 @@ def create_app(
             return RedirectResponse("/docs")
         return JSONResponse({"status": "alive"})  # KServe's client asks here, in its first protocol
 
+    if keyring.guarded:
+        describe(app)
     guard = Guard(
         predict.Front(v2.Front(app, inferrer), predictor),
+        predictor.begin,
         keyring,
         [route for router in routers for route in router.routes],
     )
-    return Observe(guard, metrics, access_log)
+    return Observe(guard, guard.begin, metrics, access_log)

@@ -8,13 +8,14 @@ import asyncio
 import base64
 import binascii
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
 from app.admission import Ticket
 from app.batcher import DEFAULT_URGENCY
@@ -73,14 +74,14 @@ class Head:
     urgency: int = DEFAULT_URGENCY
 
     @classmethod
-    def of(cls, scope: Scope) -> Self:
-        """Read them from an ASGI scope.
+    def of(cls, fields: Iterable[tuple[bytes, bytes]]) -> Self:
+        """Read them from all headers, as an ASGI scope has them.
 
         Raises:
             BadRequestError: Timeout-Ms is no whole number above 0.
         """
         head = cls()
-        headers = dict(scope["headers"])
+        headers = dict(fields)
         if value := headers.get(b"content-type"):
             head.content_type = value.decode("latin-1")
         if value := headers.get(b"content-length"):

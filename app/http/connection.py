@@ -2,12 +2,14 @@
 
 In ASGI a task must wait for the news that a client left, and an answer goes out in two writes, each a system call: here
 the news is a callback, and the answer one write. A prediction that arrives whole in one read, as small images do, gets
-its body without waiting for it. All else is uvicorn's.
+its body without waiting for it, and is offered to the application before a task is made for it. A head that came before
+is not parsed again. All else is uvicorn's.
 """
 
 import asyncio
-from collections.abc import Callable, Sized
-from typing import Any, Final, cast
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, cast
 
 from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -16,6 +18,61 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 EXTENSION: Final = "convoy.connection"
 MAX_WAITING = 8
 """Pipelined requests of one client that may wait for their turn while more is read."""
+MAX_HEAD_BYTES, MAX_HEADS = 2048, 512
+"""Heads that are kept: a client sends the same one again and again, perhaps but for the Content-Length."""
+_HEAD_END = b"\r\n\r\n"
+
+
+@dataclass(eq=False, slots=True)
+class RequestHead:
+    """What comes before the body of a prediction that arrives whole.
+
+    Attributes:
+        path: in ASCII, without anything encoded.
+        query: what comes after the question mark.
+        headers: names in lower case, and values.
+        body_bytes: size of the body.
+        plan: what the application makes of the head, for the next request that has it; None at first.
+    """
+
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    body_bytes: int
+    plan: Any = None
+
+
+class Heads:
+    """The heads that an application has seen, by their bytes."""
+
+    def __init__(self) -> None:
+        self._heads: dict[bytes, RequestHead] = {}
+
+    def split(self, data: bytes) -> tuple[RequestHead, bytes] | None:
+        """Return head and body, if `data` is one whole request whose head is known."""
+        start = data[: data.find(_HEAD_END) + len(_HEAD_END)]
+        head = self._heads.get(start)
+        if head is None or len(start) + head.body_bytes != len(data):
+            return None
+        return head, data[len(start) :]
+
+    def learn(self, data: bytes, head: RequestHead) -> None:
+        """Keep a head that was parsed from `data`, if there is nothing in it but the head and its body."""
+        start = data[: data.find(_HEAD_END) + len(_HEAD_END)]
+        if len(start) + head.body_bytes == len(data) and len(start) <= MAX_HEAD_BYTES:
+            if len(self._heads) >= MAX_HEADS:
+                del self._heads[next(iter(self._heads))]
+            self._heads[start] = head
+
+
+class TasklessApplication(Protocol):
+    """An application that can answer a request that is all there without a task."""
+
+    heads: Heads
+
+    def begin(self, request: "WholeRequest") -> bool:
+        """Begin to answer, by callbacks. False: not this one; nothing has happened, and ASGI's way is open."""
+        ...
 
 
 class Connection(HttpToolsProtocol):
@@ -25,11 +82,16 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self.on_leave: Callable[[], None] | None = None
         """Called when the client goes away; whoever sets it takes it back with its answer."""
-        self._answering: RequestResponseCycle | _WholeRequest | None = None
+        self._answering: RequestResponseCycle | WholeRequest | None = None
         """Whose turn it is; uvicorn's `cycle` is the last request that came. None: nobody's, or the client left."""
         self._pieces: list[bytes] | None = None
         """The body so far of a request that may arrive whole; None: the request is uvicorn's."""
         self._idle_since = self.loop.time()
+        self._application = cast(TasklessApplication, self.app) if hasattr(self.app, "begin") else None
+        self._between = True
+        """Whether the next byte is the first of a request."""
+        self._data = b""
+        """What is being read, if it starts with a request."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to read."""
@@ -38,13 +100,25 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what was read; a request that is not all there is handed to uvicorn."""
+        if self._between and self._application is not None and self._is_free():
+            known = self._application.heads.split(data)
+            if known is not None:
+                self._begin(WholeRequest(self, *known, keep_alive=True))
+                return
+        self._data = data if self._between else b""
         super().data_received(data)
+        self._data = b""
         if self._pieces is not None:
             pieces, self._pieces = self._pieces, None
             if not self.transport.is_closing():  # else it was no HTTP, and has been told so
                 self._start_waiting()
                 for piece in pieces:
                     super().on_body(piece)
+
+    def on_message_begin(self) -> None:
+        """Start a request."""
+        self._between = False
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Start a request, or wait whether it arrives whole."""
@@ -63,15 +137,18 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Start a request that has arrived whole."""
+        self._between = not self.parser.should_upgrade()  # after which the parser reads no further
         if self._pieces is None:
             super().on_message_complete()
             return
         pieces, self._pieces = self._pieces, None
-        whole = _WholeRequest(self, pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        cast(Any, self).cycle = self._answering = whole
-        cast(dict[str, Any], self.scope)[EXTENSION] = self
-        # Scope and URL now: when the task runs, they may be those of the next request in the same read.
-        whole.start(cast(ASGIApp, self.app), cast(Scope, self.scope), self.url)
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        path, _, query = self.url.partition(b"?")
+        head = RequestHead(path.decode("ascii"), query, cast(Any, self.scope["headers"]), len(body))
+        keep_alive = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
+        if keep_alive and self._data and self._application is not None:
+            self._application.heads.learn(self._data, head)
+        self._begin(WholeRequest(self, head, body, keep_alive=keep_alive))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever works for this client, and hold on to nothing that holds on to this connection."""
@@ -98,13 +175,12 @@ class Connection(HttpToolsProtocol):
 
     def close_if_idle(self, now: float) -> None:
         """Close the connection if for the keep-alive time there was no request, or no more than a part of its head."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and now - self._idle_since > self.timeout_keep_alive:
+        if self._is_free() and now - self._idle_since > self.timeout_keep_alive:
             self.transport.close()
 
     def take_body(self) -> bytes | None:
         """Return the body of the request whose turn it is, if it has arrived whole; None: it is to be received."""
-        return self._answering.take_body() if isinstance(self._answering, _WholeRequest) else None
+        return self._answering.take_body() if isinstance(self._answering, WholeRequest) else None
 
     async def answer(self, status: int, headers: bytes, body: bytes) -> None:
         """Send the whole answer to the request whose turn it is, unless the client left.
@@ -116,6 +192,10 @@ class Connection(HttpToolsProtocol):
         """
         if self.flow.write_paused:
             await self.flow.drain()
+        self.answer_now(status, headers, body)
+
+    def answer_now(self, status: int, headers: bytes, body: bytes) -> None:
+        """Do what `answer` does without waiting until the client has read what was sent before."""
         cycle = self._answering
         if cycle is None:
             return
@@ -138,6 +218,30 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
+    def scope_of(self, head: RequestHead) -> Scope:
+        """Return the ASGI scope of a request."""
+        super().on_message_begin()  # which makes one
+        return {
+            **cast(Scope, self.scope),
+            "method": "POST",
+            "path": head.path,
+            "raw_path": head.path.encode("ascii"),
+            "query_string": head.query,
+            "headers": list(head.headers),
+            EXTENSION: self,
+        }
+
+    def _begin(self, request: "WholeRequest") -> None:
+        """Have the application answer a request that is all there."""
+        cast(Any, self).cycle = self._answering = request
+        # Who does not read the answers to what was sent before is made to wait for that, in a task.
+        if self._application is None or self.flow.write_paused or not self._application.begin(request):
+            request.start(cast(ASGIApp, self.app))
+
+    def _is_free(self) -> bool:
+        """Tell whether every request that has come is answered."""
+        return self.cycle is None or self.cycle.response_complete
+
     def _may_be_whole(self) -> bool:
         """Tell whether this is a prediction that nothing stands in the way of: no request before it, no handshake."""
         url = self.url
@@ -145,7 +249,7 @@ class Connection(HttpToolsProtocol):
             url.partition(b"?")[0].endswith((b"/predict", b"/infer"))
             and url[0] == 0x2F  # /
             and not (b"%" in url or b"#" in url or self.expect_100_continue or self.parser.should_upgrade())
-            and (self.cycle is None or self.cycle.response_complete)
+            and self._is_free()
             and self.parser.get_method() == b"POST"
         )
 
@@ -184,31 +288,32 @@ class _Nobody:
         """Tell nobody."""
 
 
-class _WholeRequest:
-    """What uvicorn's cycle is, for a request that lies there with all its body."""
+class WholeRequest:
+    """What uvicorn's cycle is, for a prediction that lies there with all its body."""
 
     message_event = _Nobody()
 
-    __slots__ = ("_answer", "_body", "_connection", "_task", "disconnected", "keep_alive", "response_complete")
+    __slots__ = ("_answer", "_body", "_task", "connection", "disconnected", "head", "keep_alive", "response_complete")
 
-    def __init__(self, connection: Connection, body: bytes) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, head: RequestHead, body: bytes, *, keep_alive: bool) -> None:
+        self.connection = connection
+        self.head = head
         self._body: bytes | None = body
         self._answer: tuple[int, list[tuple[bytes, bytes]], bytes] | None = None
-        parser = connection.parser
-        self.keep_alive = parser.get_http_version() == "1.1" and parser.should_keep_alive()
+        self.keep_alive = keep_alive
         self.disconnected = False
         self.response_complete = False
 
-    def start(self, app: ASGIApp, scope: Scope, url: bytes) -> None:
-        """Have the application answer, in a task that the server knows of until it is done."""
-        path, _, query = url.partition(b"?")
-        scope["method"] = "POST"
-        scope["path"] = path.decode("ascii")
-        scope["raw_path"] = path
-        scope["query_string"] = query
-        self._task = self._connection.loop.create_task(self._run(app, scope))
-        self._connection.tasks.add(self._task)
+    @property
+    def body(self) -> bytes:
+        """The body, if it was not taken."""
+        return self._body or b""
+
+    def start(self, app: ASGIApp) -> None:
+        """Have the application answer in ASGI's way, in a task that the server knows of until it is done."""
+        connection = self.connection
+        self._task = connection.loop.create_task(self._run(app, connection.scope_of(self.head)))
+        connection.tasks.add(self._task)
 
     def take_body(self) -> bytes | None:
         """Return the body; None when it was taken before, or the client left."""
@@ -226,7 +331,7 @@ class _WholeRequest:
         try:
             await app(scope, self.receive, self.send)  # which turns every fault into an answer itself
         finally:
-            self._connection.tasks.discard(self._task)
+            self.connection.tasks.discard(self._task)
             del self._task
 
     async def send(self, message: Message) -> None:
@@ -240,13 +345,20 @@ class _WholeRequest:
         if message.get("more_body", False):
             self._answer = status, headers, body
             return
+        await self.connection.answer(status, self._lines(headers), body)
+
+    def send_now(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send an answer, whether the client has read those before or not."""
+        self.connection.answer_now(status, self._lines(headers), body)
+
+    def _lines(self, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
         lines: list[bytes] = []
         for name, value in headers:
             if name == b"connection":
                 self.keep_alive = False
             elif name != b"content-length":
                 lines += (name, b": ", value, b"\r\n")
-        await self._connection.answer(status, b"".join(lines), body)
+        return b"".join(lines)
 
 
 def connection_of(scope: Scope) -> Connection:

@@ -53,7 +53,7 @@ def admitted(
     """
     trace = trace_of(scope)
     trace.model, trace.version = model.name, model.version
-    head = Head.of(scope)
+    head = Head.of(scope["headers"])
     if head.timeout_ms is not None:
         timeout_ms = min(head.timeout_ms, timeout_ms)
     with engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:

@@ -20,18 +20,26 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
-async def send_error(fault: ConvoyError, trace: Trace, send: Send, *, closes: bool = False) -> None:
-    """Send the response for a fault, and leave its code in the trace; `closes`: the connection ends with it."""
-    trace.code = fault.code
+def answer_to(fault: ConvoyError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Return status, headers and body of the response for a fault."""
     body = json.dumps({"error": fault.message, "code": fault.code}, ensure_ascii=False).encode("utf-8", "replace")
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(fault, QueueFullError):
         headers.append((b"retry-after", b"%d" % fault.retry_after_s))
     if isinstance(fault, UnauthorizedError):
         headers.append((b"www-authenticate", b'Bearer realm="convoy"'))
-    if closes or fault.closes:
+    if fault.closes:
         headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": fault.status, "headers": headers})
+    return fault.status, headers, body
+
+
+async def send_error(fault: ConvoyError, trace: Trace, send: Send, *, closes: bool = False) -> None:
+    """Send the response for a fault, and leave its code in the trace; `closes`: the connection ends with it."""
+    trace.code = fault.code
+    status, headers, body = answer_to(fault)
+    if closes and not fault.closes:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -11,11 +11,13 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.http.connection import Heads, WholeRequest
 from app.metrics import Metrics
 
 log = logging.getLogger("convoy.access")
@@ -30,12 +32,8 @@ _ids = itertools.count()
 _FAILED_INSIDE = frozenset({500, 504})
 """Statuses of requests that were admitted: not refusals, so not in `convoy_rejected_total`."""
 _QUIET = frozenset({"/livez", "/readyz", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
-_INTERNAL_ERROR = json.dumps(
-    {"error": "Something broke inside; the log has it under this request's id.", "code": "internal"}
-).encode()
-_CUT_OFF = json.dumps(
-    {"error": "The service is stopping, and this request was not done in time; send it again.", "code": "draining"}
-).encode()
+BROKEN = "Something broke inside; the log has it under this request's id."
+CUT_OFF = "The service is stopping, and this request was not done in time; send it again."
 
 
 @dataclass(slots=True)
@@ -54,6 +52,11 @@ class Trace:
     """Name of the key that it came with; the key itself is in no log."""
 
 
+Record = Callable[[Trace, str, str], None]
+"""Counts and logs a request that is over; takes its trace, method and path."""
+Begin = Callable[[WholeRequest, Trace, Record], bool]
+
+
 def trace_of(scope: Scope) -> Trace:
     """Return the trace that `Observe` put into a request's scope."""
     return cast(Trace, scope["convoy.trace"])
@@ -62,17 +65,34 @@ def trace_of(scope: Scope) -> Trace:
 class Observe:
     """Gives every request an id, counts and times it, logs it, and turns a crash into a 500 in the one shape."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, begin: Begin, metrics: Metrics, access_log: bool) -> None:
+        """Watch an application.
+
+        Args:
+            app: answers in ASGI's way.
+            begin: answers without a task, if the request is one for that.
+            metrics: where requests are counted.
+            access_log: whether each gets its line in the log.
+        """
+        self.heads = Heads()
         self._app = app
+        self._begin = begin
         self._metrics = metrics
         self._access_log = access_log
+
+    def begin(self, request: WholeRequest) -> bool:
+        """Serve one request without a task, if it is one for that; what goes wrong at once is told in ASGI's way."""
+        try:
+            return self._begin(request, Trace(_request_id(request.head.headers), time.monotonic()), self._record)
+        except Exception:  # met again there, and named
+            return False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = Trace(_request_id(scope), time.monotonic())
+        trace = Trace(_request_id(scope["headers"]), time.monotonic())
         scope["convoy.trace"] = trace
 
         async def send_with_id(message: Message) -> None:
@@ -86,18 +106,19 @@ class Observe:
         except asyncio.CancelledError:  # the drain is over, and this request was not
             if trace.status == CLIENT_GONE:
                 trace.code = "draining"
-                await _send_plainly(send_with_id, 503, _CUT_OFF)
+                await _send_plainly(send_with_id, 503, CUT_OFF, trace.code)
         except Exception:
             log.exception("request failed", extra={"request_id": trace.request_id})
             if trace.status == CLIENT_GONE:  # nothing was sent yet
                 trace.code = "internal"
-                await _send_plainly(send_with_id, 500, _INTERNAL_ERROR)
+                await _send_plainly(send_with_id, 500, BROKEN, trace.code)
         finally:
-            self._record(scope, trace)
+            trace.route = trace.route or getattr(scope.get("route"), "path", "unmatched")
+            self._record(trace, scope["method"], scope["path"])
 
-    def _record(self, scope: Scope, trace: Trace) -> None:
+    def _record(self, trace: Trace, method: str, path: str) -> None:
         seconds = time.monotonic() - trace.started
-        route = trace.route or getattr(scope.get("route"), "path", "unmatched")
+        route = trace.route
         self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
         self._metrics.request_duration.labels(trace.model, route, trace.version, trace.status).observe(seconds)
         if trace.code and trace.status not in _FAILED_INSIDE:
@@ -105,8 +126,8 @@ class Observe:
         if self._access_log and route not in _QUIET:
             fields = {
                 "request_id": trace.request_id,
-                "method": scope["method"],
-                "path": scope["path"],
+                "method": method,
+                "path": path,
                 "status": trace.status,
                 "ms": round(seconds * 1000, 2),
             }
@@ -119,15 +140,16 @@ class Observe:
             log.info("request", extra=fields)
 
 
-def _request_id(scope: Scope) -> str:
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the client's X-Request-Id where it is short printable ASCII, else a new one."""
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"x-request-id" and _GOOD_ID.fullmatch(value):
-            return cast(bytes, value).decode()
+            return value.decode()
     return f"{_ID_START}{next(_ids):012x}"
 
 
-async def _send_plainly(send: Send, status: int, body: bytes) -> None:
+async def _send_plainly(send: Send, status: int, sentence: str, code: str) -> None:
+    body = json.dumps({"error": sentence, "code": code}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -7,6 +7,7 @@ FastAPI's all the same, for the OpenAPI document and for wrong methods.
 import json
 import re
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -17,13 +18,15 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.engine import Engine, Prediction
+from app.batcher import DEFAULT_URGENCY
+from app.engine import INLINE_BYTES, Engine, Prediction
 from app.errors import AbandonedError, BadRequestError, ConvoyError
-from app.http.bodies import BodyLimits, Head, images_in, read_images
-from app.http.connection import Connection, connection_of
+from app.http.bodies import RAW_TYPES, BodyLimits, Head, images_in, read_images
+from app.http.connection import Connection, RequestHead, WholeRequest, connection_of
 from app.http.errors import send_error
-from app.http.observe import trace_of
+from app.http.observe import Record, Trace, trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
+from app.http.taskless import TasklessPrediction
 from app.loading import LoadedModel
 from app.scores import JsonWriter
 
@@ -79,6 +82,27 @@ class Predictor:
         self._timeout_ms = timeout_ms
         self._forms: WeakKeyDictionary[LoadedModel, _Form] = WeakKeyDictionary()
 
+    def begin(self, request: WholeRequest, trace: Trace, record: Record) -> bool:
+        """Begin to answer a whole request without a task; False: it is not one for that.
+
+        Raises:
+            Exception: whatever went wrong before there was anything to wait for. Nothing is held, and `answer` meets
+                it again.
+        """
+        head = request.head
+        if head.plan is None:
+            head.plan = _plan_for(head, self._limits)
+        plan: _Plan = head.plan
+        if not plan.is_taskless:
+            return False
+        model = self._engine.model(*plan.asked)
+        form = self._form_of(model)
+        k = _wanted_top_k(head.query, form.classes)
+        timeout_ms = self._timeout_ms if plan.timeout_ms is None else min(plan.timeout_ms, self._timeout_ms)
+        ticket = self._engine.admit(model, trace.started + timeout_ms / 1000, plan.urgency)
+        trace.route, trace.model, trace.version, trace.images = plan.route, form.name, form.version, 1
+        return TasklessPrediction(request, ticket, trace, record, form, k).begin(self._engine, model)
+
     async def answer(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
         """Read a request's images, classify them with a model, and send the answer."""
         connection = connection_of(scope)
@@ -96,11 +120,10 @@ class Predictor:
     async def _classify(self, asked: Asked, scope: Scope, receive: Receive, connection: Connection) -> None:
         trace = trace_of(scope)
         model = self._engine.model(*asked)
-        form = self._forms.get(model) or self._forms.setdefault(model, _Form(model))
+        form = self._form_of(model)
         trace.model, trace.version = form.name, form.version
-        head = Head.of(scope)
-        query = scope["query_string"]
-        k = _wanted_top_k(query, form.classes) if query else DEFAULT_TOP_K
+        head = Head.of(scope["headers"])
+        k = _wanted_top_k(scope["query_string"], form.classes)
         timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
         with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
             connection.on_leave = ticket.abandon
@@ -115,6 +138,32 @@ class Predictor:
         model.metrics.post.observe(time.monotonic() - started)
         trace.status = HTTPStatus.OK
         await connection.answer(HTTPStatus.OK, headers, body)
+
+    def _form_of(self, model: LoadedModel) -> "_Form":
+        return self._forms.get(model) or self._forms.setdefault(model, _Form(model))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the head of a request says about its prediction; `is_taskless`: its body is one small image."""
+
+    is_taskless: bool
+    route: str = ""
+    asked: Asked = (None, None)
+    timeout_ms: int | None = None
+    urgency: int = DEFAULT_URGENCY
+
+
+def _plan_for(request: RequestHead, limits: BodyLimits) -> _Plan:
+    way = _way_of(request.path)
+    try:
+        head = Head.of(request.headers)
+    except BadRequestError:
+        return _Plan(is_taskless=False)
+    is_image = head.content_type in RAW_TYPES and head.content_encoding == "identity"
+    if way is None or not is_image or not 0 < request.body_bytes <= min(limits.max_body_bytes, INLINE_BYTES):
+        return _Plan(is_taskless=False)
+    return _Plan(True, *way, head.timeout_ms, head.urgency)
 
 
 class _Form:
@@ -221,6 +270,7 @@ def routes(predictor: Predictor) -> APIRouter:
     return router
 
 
+@lru_cache(maxsize=1024)
 def _wanted_top_k(query: bytes, classes: int) -> int:
     """Return `top_k` of a query string, or the default, which may be more than there are.
 

@@ -6,10 +6,11 @@ One answer serves the clients of both where they ask the same path. The checks o
 
 import asyncio
 import time
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope
 
@@ -28,8 +29,12 @@ from app.v2.metadata import repository_index
 
 MODEL = "/v1/models/{model}"
 VERSION = MODEL + "/versions/{version}"
+LABEL = MODEL + "/labels/{label}"
 
-_FAULTS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "Any fault"}}
+Asked = tuple[str, str | None]
+"""A model's name, and the version or label if one is asked for."""
+
+_FAULTS: dict[int | str, Any] = {"default": {"model": ErrorResponse, "description": "Any fault"}}
 _INSTANCES = {
     "type": "object",
     "description": "instances or inputs: nested numbers, or images as objects with b64.",
@@ -91,76 +96,84 @@ class Asker:
 def routes(engine: Engine, repository: Repository, limits: BodyLimits, timeout_ms: int) -> APIRouter:
     """Return the protocol's routes."""
     router = APIRouter(tags=["v1"])
-    asker = Asker(engine, limits, timeout_ms)
-    _add_status_routes(router, engine, repository)
-    predicts: dict[str, Any] = {
-        "summary": "Predict",
-        "response_class": JSONResponse,
-        "responses": {200: {"content": {"application/json": {"example": _EXAMPLE}}}} | _FAULTS,
-        "openapi_extra": {"requestBody": _BODY},
-    }
-
-    @router.post(f"{MODEL}:predict", **predicts)
-    async def predict(model: str) -> Response:
-        return asker.asked(model)
-
-    @router.post(f"{VERSION}:predict", **predicts)
-    async def predict_with_version(model: str, version: str) -> Response:
-        return asker.asked(model, version)
-
-    for verb, sentence in _NOT_OFFERED.items():
-        for path in (MODEL, VERSION):
-            _add_refusal(router, f"{path}:{verb}", sentence)
-    return router
-
-
-def _add_refusal(router: APIRouter, path: str, sentence: str) -> None:
-    async def refuse() -> Response:
-        raise NotOfferedError(sentence)
-
-    router.add_api_route(path, refuse, methods=["POST"], include_in_schema=False)
-
-
-def _add_status_routes(router: APIRouter, engine: Engine, repository: Repository) -> None:
-    answers: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}, **_FAULTS}
 
     @router.get("/v1/models", summary="Names of all models")
     async def models() -> dict[str, list[str]]:
         return {"models": list(dict.fromkeys(entry["name"] for entry in repository_index(repository)))}
 
-    @router.get(MODEL, summary="Status of a model", responses=answers)
-    async def model(model: str) -> dict[str, Any]:
-        return _status(engine, repository, model, None)  # type: ignore[return-value]  # its status depends on it
+    asker = Asker(engine, limits, timeout_ms)
+    for path, asked in ((MODEL, _by_name), (VERSION, _by_version), (LABEL, _by_label)):
+        _add_routes(router, path, asked, engine, repository, asker)
+    return router
 
-    @router.get(VERSION, summary="Status of a version", responses=answers)
-    async def version(model: str, version: str) -> dict[str, Any]:
-        return _status(engine, repository, model, version)  # type: ignore[return-value]
 
-    @router.get(f"{MODEL}/metadata", summary="Tensors of a model", responses=answers)
-    async def described(model: str) -> dict[str, Any]:
-        return metadata(engine.model(model))
+def _by_name(model: str) -> Asked:
+    return model, None
 
-    @router.get(f"{VERSION}/metadata", summary="Tensors of a version", responses=answers)
-    async def described_version(model: str, version: str) -> dict[str, Any]:
-        return metadata(engine.model(model, version))
+
+def _by_version(model: str, version: str) -> Asked:
+    return model, version
+
+
+def _by_label(model: str, label: str) -> Asked:
+    return model, label  # which is what others call an alias
+
+
+def _add_routes(
+    router: APIRouter,
+    path: str,
+    asked: Callable[..., Asked],
+    engine: Engine,
+    repository: Repository,
+    asker: Asker,
+) -> None:
+    """Add the routes of one model; `asked` takes its name, and a version or label, from the path."""
+    Chosen = Annotated[Asked, Depends(asked)]  # noqa: N806 - a type
+    answers: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}, **_FAULTS}
+
+    @router.get(path, summary="Status", responses=answers)
+    async def status(chosen: Chosen) -> dict[str, Any]:
+        return _status(engine, repository, *chosen)  # type: ignore[return-value]  # its status depends on it
+
+    @router.get(f"{path}/metadata", summary="Tensors", responses=answers)
+    async def described(chosen: Chosen) -> dict[str, Any]:
+        return metadata(engine.model(*chosen))
+
+    @router.post(
+        f"{path}:predict",
+        summary="Predict",
+        response_class=JSONResponse,
+        responses={200: {"content": {"application/json": {"example": _EXAMPLE}}}, **_FAULTS},
+        openapi_extra={"requestBody": _BODY},
+    )
+    async def predict(chosen: Chosen) -> Response:
+        return asker.asked(*chosen)
+
+    for verb, sentence in _NOT_OFFERED.items():
+
+        async def refuse(sentence: str = sentence) -> Response:
+            raise NotOfferedError(sentence)
+
+        router.add_api_route(f"{path}:{verb}", refuse, methods=["POST"], include_in_schema=False)
 
 
 def _status(engine: Engine, repository: Repository, name: str, version: str | None) -> Response:
     """Return KServe's answer and TensorFlow Serving's in one; 503, as KServe's server has it, where it is not ready.
 
     Raises:
-        UnknownModelError: there is no such model, or version.
+        UnknownModelError: there is no such model, version or label.
     """
-    reason = ""
+    reason, wanted = "", version
     try:
-        engine.model(name, version)
+        model = engine.model(name, version)
+        wanted = model.version if version else None  # a label stands for it
     except UnavailableError as fault:
         reason = fault.message
     content: dict[str, Any] = {"name": name, "ready": not reason}
     content["model_version_status"] = [
         version_status(entry)
         for entry in repository_index(repository)
-        if entry["name"] == name and version in (None, entry["version"])
+        if entry["name"] == name and wanted in (None, entry["version"])
     ]
     if not reason:
         return JSONResponse(content)

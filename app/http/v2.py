@@ -88,7 +88,7 @@ class Inferrer:
         model = self._engine.model(name, version)
         writer = self._writers.get(model) or self._writers.setdefault(model, Writer(model))
         trace.model, trace.version = model.name, model.version
-        head = Head.of(scope)
+        head = Head.of(scope["headers"])
         header_length, accepted = _more_of(scope)
         timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
         limit = self._limits.max_body_bytes
@@ -162,6 +162,7 @@ def routes(engine: Engine, repository: Repository, metrics: Metrics, probes: Pro
 
 
 def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metrics, probes: Probes) -> None:
+    @router.get("/", include_in_schema=False)  # as the protocol's own document has it
     @router.get("", summary="Server metadata")
     async def server() -> ServerMetadata:
         return ServerMetadata(**metadata.server_metadata())

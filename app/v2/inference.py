@@ -8,17 +8,21 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from app.admission import Ticket
 from app.batcher import DEFAULT_URGENCY, LAST_URGENCY
 from app.engine import Engine, Stages
 from app.errors import BadRequestError, TooLargeError
 from app.loading import LoadedModel
+from app.scores import best
 from app.tensors import DATATYPES, Array, TensorSpec
-from app.v2.tensors import Data, Tensor, to_array, to_objects
+from app.v2.tensors import Data, Tensor, to_array, to_objects, to_strings
+
+Scores = NDArray[np.float32]
 
 LEVELS = LAST_URGENCY + 1
 """Levels of `priority`, 1 the highest."""
@@ -101,14 +105,15 @@ async def infer(
     """
     _apply(request.parameters, ticket)
     wanted = _wanted(model, request.outputs)
-    by_name = _by_name(model, request.inputs)
-    if (images := _images(model, by_name, max_rows)) is not None:
+    tensors = _in_order(model, request.inputs)
+    if model.manifest is not None and tensors[0].datatype == "BYTES":
+        images = _images(tensors[0], max_rows)
         prediction = await engine.classify(model, images, ticket)
         arrays: tuple[Array, ...] = (prediction.probabilities,)
         rows, stages = len(images), prediction.stages
     else:
         started = time.monotonic()
-        inputs = await _prepared(model, by_name, max_rows)
+        inputs = await _arrays(model, tensors, max_rows)
         decode_s = time.monotonic() - started
         model.metrics.decode.observe(decode_s)
         inference = await engine.infer(model, inputs, ticket)
@@ -132,6 +137,8 @@ def takes_images(model: LoadedModel) -> str:
 
 def _apply(parameters: Mapping[str, Any], ticket: Ticket) -> None:
     """Apply a request's own parameters; those that nobody knows are passed over, as Triton does."""
+    if not parameters:
+        return
     for name, value in parameters.items():
         if not isinstance(value, bool | int | float | str):
             raise BadRequestError(f"The parameter '{name[:80]}' must be a string, a number or a bool.")
@@ -163,112 +170,124 @@ def _wanted(model: LoadedModel, outputs: Sequence[WantedOutput]) -> list[tuple[i
         place = places.pop(output.name, None)
         if place is None:
             raise _unknown("output", output.name, model.outputs, model)
-        _refuse_shared_memory("Output", output.name, output.parameters)
-        spec = model.outputs[place]
-        classes = _whole(output.parameters, "classification", MAX_CLASSIFICATION)
+        spec, classes = model.outputs[place], 0
+        if output.parameters:
+            _refuse_shared_memory("Output", output.name, output.parameters)
+            classes = _whole(output.parameters, "classification", MAX_CLASSIFICATION)
         if classes and spec.datatype == "BYTES":
             raise BadRequestError(f"Output '{spec.name}' is BYTES, of which there is no classification.")
         wanted.append((place, spec, classes))
     return wanted
 
 
-def _by_name(model: LoadedModel, inputs: Sequence[InputTensor]) -> dict[str, InputTensor]:
-    """Return the inputs by name: exactly the model's, each once."""
-    if len(inputs) > len(model.inputs):
-        found = {tensor.name for tensor in inputs}
-        twice = " one of them twice," if len(found) < len(inputs) else ""
-        raise BadRequestError(
-            f"The request has {len(inputs):,} inputs,{twice} but model '{model.name}' takes {_names(model.inputs)}."
-        )
+def _in_order(model: LoadedModel, inputs: Sequence[InputTensor]) -> list[InputTensor]:
+    """Return the inputs in the model's order: exactly the model's, each once."""
     by_name = {tensor.name: tensor for tensor in inputs}
-    known = {spec.name for spec in model.inputs}
-    for name, tensor in by_name.items():
-        if name not in known:
-            raise _unknown("input", name, model.inputs, model)
-        _refuse_shared_memory("Input", name, tensor.parameters)
-    if missing := [spec.name for spec in model.inputs if spec.name not in by_name]:
-        raise BadRequestError(
-            f"Input '{missing[0]}' is missing: model '{model.name}' takes {_names(model.inputs)}, each once."
+    ordered = [by_name[spec.name] for spec in model.inputs if spec.name in by_name]
+    if len(ordered) != len(model.inputs) or len(inputs) != len(ordered):
+        raise _other_inputs(model, inputs)
+    for tensor in ordered:
+        _refuse_shared_memory("Input", tensor.name, tensor.parameters)
+    return ordered
+
+
+def _other_inputs(model: LoadedModel, inputs: Sequence[InputTensor]) -> BadRequestError:
+    known = [spec.name for spec in model.inputs]
+    names = [tensor.name for tensor in inputs]
+    if len(names) > len(known):
+        twice = " one of them twice," if len(set(names)) < len(names) else ""
+        return BadRequestError(
+            f"The request has {len(names):,} inputs,{twice} but model '{model.name}' takes {_names(model.inputs)}."
         )
-    return by_name
+    for name in names:
+        if name not in known:
+            return _unknown("input", name, model.inputs, model)
+    missing = next(name for name in known if name not in names)
+    return BadRequestError(
+        f"Input '{missing}' is missing: model '{model.name}' takes {_names(model.inputs)}, each once."
+    )
 
 
-def _images(model: LoadedModel, by_name: Mapping[str, InputTensor], max_rows: int) -> list[bytes] | None:
-    """Return the encoded images of a request that brings such; None: it brings tensors."""
-    name = takes_images(model)
-    if not name or by_name[name].datatype != "BYTES":
-        return None
-    tensor = by_name[name]
+def _images(tensor: InputTensor, max_rows: int) -> list[bytes]:
+    """Return the encoded images in a tensor of BYTES."""
     shape = _checked_shape(tensor)
-    if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
-        raise BadRequestError(f"Encoded images for '{name}' come as BYTES of shape [N] or [N,1], not {list(shape)}.")
+    if len(shape) != 1 and (len(shape) != 2 or shape[1] != 1):
+        raise BadRequestError(
+            f"Encoded images for '{tensor.name}' come as BYTES of shape [N] or [N,1], not {_shown(shape)}."
+        )
     _refuse_many_rows(shape[0], max_rows)
-    images: list[bytes] = to_array(name, "BYTES", shape, tensor.data).ravel().tolist()
-    return images
+    return to_strings(tensor.name, shape, tensor.data)
 
 
-async def _prepared(model: LoadedModel, by_name: Mapping[str, InputTensor], max_rows: int) -> list[Array]:
-    """Return what `_arrays` does; what takes long is done beside the event loop."""
-    if any(_is_slow(tensor) for tensor in by_name.values()):
-        return await asyncio.to_thread(_arrays, model, by_name, max_rows)
-    return _arrays(model, by_name, max_rows)
+async def _arrays(model: LoadedModel, inputs: Sequence[InputTensor], max_rows: int) -> list[Array]:
+    """Return an array per input; what takes long is done beside the event loop."""
+    shapes = [_shape_for(spec, tensor, model) for spec, tensor in zip(model.inputs, inputs, strict=True)]
+    if model.max_batch:
+        rows = shapes[0][0]
+        for shape in shapes:
+            if shape[0] != rows:
+                raise BadRequestError(
+                    f"The inputs have different numbers of rows, the first dimension: {_shown(shape)}."
+                )
+        _refuse_many_rows(rows, max_rows)
+    for tensor in inputs:
+        if _is_slow(tensor):
+            return await asyncio.to_thread(_convert, inputs, shapes)
+    return _convert(inputs, shapes)
+
+
+def _convert(inputs: Sequence[InputTensor], shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    return [
+        _texts(tensor, shape)
+        if tensor.datatype == "BYTES"
+        else to_array(tensor.name, tensor.datatype, shape, tensor.data)
+        for tensor, shape in zip(inputs, shapes, strict=True)
+    ]
+
+
+def _texts(tensor: InputTensor, shape: tuple[int, ...]) -> Array:
+    """Return a tensor of BYTES as an array of `str`, as graphs take it."""
+    try:
+        texts = [element.decode() for element in to_strings(tensor.name, shape, tensor.data)]
+    except UnicodeDecodeError:
+        raise BadRequestError(f"Input '{tensor.name}' has an element that is no UTF-8 text.") from None
+    return to_objects(texts).reshape(shape)
 
 
 def _is_slow(tensor: InputTensor) -> bool:
     """Tell whether a tensor's elements are many, and objects: a buffer of numbers is never looked through."""
-    if isinstance(tensor.data, bytes | bytearray | memoryview):
-        return tensor.datatype == "BYTES" and len(tensor.data) > SLOW_BYTES
-    first = tensor.data[0] if tensor.data else None
-    return len(tensor.data) > SLOW_ELEMENTS or isinstance(first, list)
+    data = tensor.data
+    if isinstance(data, bytes | bytearray | memoryview):
+        return tensor.datatype == "BYTES" and len(data) > SLOW_BYTES
+    return len(data) > SLOW_ELEMENTS or (len(data) > 0 and isinstance(data[0], list))
 
 
-def _arrays(model: LoadedModel, by_name: Mapping[str, InputTensor], max_rows: int) -> list[Array]:
-    """Return an array per input of the model, in its order."""
-    shapes = []
-    for spec in model.inputs:
-        tensor = by_name[spec.name]
-        if tensor.datatype != spec.datatype:
-            known = "" if tensor.datatype in DATATYPES else ", which is no datatype"
-            images = ", or encoded images as BYTES of shape [N]" if spec.name == takes_images(model) else ""
-            raise BadRequestError(
-                f"Input '{spec.name}' is {tensor.datatype[:80]}{known}; model '{model.name}' takes "
-                f"{spec.datatype}{images}."
-            )
-        shape = _checked_shape(tensor)
-        if not spec.takes(shape):
-            raise BadRequestError(
-                f"Input '{spec.name}' has shape {_shown(shape)}; model '{model.name}' takes {list(spec.shape)}, "
-                "where -1 is any size."
-            )
-        shapes.append(shape)
-    if model.max_batch:
-        rows = {shape[0] for shape in shapes}
-        if len(rows) > 1:
-            raise BadRequestError(f"The inputs have different numbers of rows, their first dimension: {sorted(rows)}.")
-        _refuse_many_rows(rows.pop(), max_rows)
-    return [
-        _strings(spec.name, array) if spec.datatype == "BYTES" else array
-        for spec, shape in zip(model.inputs, shapes, strict=True)
-        for array in [to_array(spec.name, spec.datatype, shape, by_name[spec.name].data)]
-    ]
-
-
-def _checked_shape(tensor: InputTensor) -> tuple[int, ...]:
-    """Return a tensor's shape: int64 numbers of at least 1, whose product may be anything."""
-    shape = tuple(tensor.shape)
-    if any(type(size) is not int or not 1 <= size <= MAX_SIZE for size in shape):
+def _shape_for(spec: TensorSpec, tensor: InputTensor, model: LoadedModel) -> tuple[int, ...]:
+    """Return a tensor's shape, if it and the datatype are what a model takes."""
+    if tensor.datatype != spec.datatype:
+        known = "" if tensor.datatype in DATATYPES else ", which is no datatype"
+        images = ", or encoded images as BYTES of shape [N]" if spec.name == takes_images(model) else ""
         raise BadRequestError(
-            f"Input '{tensor.name}' has shape {_shown(shape)}: every dimension is a whole number from 1 to 2⁶³-1."
+            f"Input '{spec.name}' is {tensor.datatype[:80]}{known}; model '{model.name}' takes {spec.datatype}{images}."
+        )
+    shape = _checked_shape(tensor)
+    if not spec.takes(shape):
+        raise BadRequestError(
+            f"Input '{spec.name}' has shape {_shown(shape)}; model '{model.name}' takes {_shown(spec.shape)}, "
+            "where -1 is any size."
         )
     return shape
 
 
-def _strings(name: str, array: Array) -> Array:
-    """Return an array of `bytes` as one of `str`, as graphs take it."""
-    try:
-        return to_objects([element.decode() for element in array.ravel().tolist()]).reshape(array.shape)
-    except UnicodeDecodeError:
-        raise BadRequestError(f"Input '{name}' has an element that is no UTF-8 text.") from None
+def _checked_shape(tensor: InputTensor) -> tuple[int, ...]:
+    """Return a tensor's shape: int64 numbers of at least 1, whose product may be anything."""
+    for size in tensor.shape:
+        if type(size) is not int or not 1 <= size <= MAX_SIZE:
+            raise BadRequestError(
+                f"Input '{tensor.name}' has shape {_shown(tensor.shape)}: every dimension is a whole number from 1 to "
+                "2⁶³-1."
+            )
+    return tuple(tensor.shape)
 
 
 def _output(model: LoadedModel, spec: TensorSpec, array: Array, classes: int) -> Tensor:
@@ -277,9 +296,9 @@ def _output(model: LoadedModel, spec: TensorSpec, array: Array, classes: int) ->
     manifest = model.manifest or model.tensor_manifest
     labels = manifest.labels if manifest is not None else ()
     rows = array.reshape(len(array), -1) if model.max_batch else array.reshape(1, -1)
-    best = to_objects([entry for row in rows for entry in classify(row, labels, classes)])
+    named = to_objects([entry for row in rows for entry in classify(row, labels, classes)])
     shape = (len(rows), -1) if model.max_batch else (-1,)
-    return Tensor(spec.name, "BYTES", best.reshape(shape))
+    return Tensor(spec.name, "BYTES", named.reshape(shape))
 
 
 def classify(values: Array, labels: Sequence[str], k: int) -> list[bytes]:
@@ -287,20 +306,18 @@ def classify(values: Array, labels: Sequence[str], k: int) -> list[bytes]:
 
     A `k` beyond the number of classes gives all of them, as Triton does; without labels it is `score:index`.
     """
-    order = np.argsort(-values.astype(np.float64), kind="stable")[:k]
-    write = "{:f}" if values.dtype.kind == "f" else "{:d}"
     named = labels if len(labels) == len(values) else ()
-    return [
-        f"{write.format(score)}:{index}{f':{named[index]}' if named else ''}".encode()
-        for index, score in zip(order.tolist(), values[order].tolist(), strict=True)
-    ]
+    if values.dtype.kind == "f":
+        ranked = [(index, f"{score:f}") for index, score in best(cast(Scores, values), k)]
+    else:
+        ranked = [(index, str(int(values[index]))) for index, _ in best(cast(Scores, values.astype(np.float64)), k)]
+    return [f"{score}:{index}{f':{named[index]}' if named else ''}".encode() for index, score in ranked]
 
 
 def _refuse_many_rows(rows: int, limit: int) -> None:
     if rows > limit:
         raise TooLargeError(
-            f"The request has {_shown((rows,))[1:-1]} rows, more than {limit}: send them in several requests.",
-            code="too_many_images",
+            f"The request has {rows:,} rows, more than {limit}: send them in several requests.", code="too_many_images"
         )
 
 

@@ -50,26 +50,41 @@ class Tensor:
 
 
 def to_array(name: str, datatype: str, shape: tuple[int, ...], data: Data) -> Array:
-    """Return the elements that came for a tensor, as an array of its datatype and shape.
+    """Return the numbers that came for a tensor, as an array of its datatype and shape.
 
     Args:
         name: the tensor's, for the sentence of an error.
-        datatype: a key of `DATATYPES`.
+        datatype: a key of `DATATYPES`, not BYTES.
         shape: dimensions of at least 0.
         data: a buffer, of which the array is a view where it can be one, or a sequence of values.
 
     Returns:
-        The array, which may be read-only; elements of BYTES are `bytes` objects.
+        The array, which may be read-only.
 
     Raises:
         BadRequestError: number or size of the elements is not the shape's, or one of them is not of the datatype.
     """
-    count = math.prod(shape)
     if isinstance(data, bytes | bytearray | memoryview):
-        flat = _strings_of(name, count, data) if datatype == "BYTES" else _numbers_of(name, datatype, count, data)
-    else:
-        flat = _values(name, datatype, shape, data)
-    return flat.reshape(shape)
+        return _numbers_of(name, datatype, math.prod(shape), data).reshape(shape)
+    return _numbers_in(name, datatype, _flatten(name, shape, data)).reshape(shape)
+
+
+def to_strings(name: str, shape: tuple[int, ...], data: Data) -> list[bytes]:
+    """Return the elements that came for a tensor of BYTES, in row-major order.
+
+    Raises:
+        BadRequestError: as `to_array`, or there are more than `MAX_STRINGS`.
+    """
+    count = math.prod(shape)
+    if count > MAX_STRINGS:
+        raise BadRequestError(
+            f"Input '{name}' has {_shown(count)} elements of BYTES, of which at most {MAX_STRINGS:,} are taken."
+        )
+    if isinstance(data, bytes | bytearray | memoryview):
+        return _strings_of(name, count, data)
+    flat = _flatten(name, shape, data)
+    _refuse_others(name, "BYTES", set(map(type, flat)), frozenset({str, bytes}))
+    return [value if isinstance(value, bytes) else _encoded(name, value) for value in flat]
 
 
 def to_bytes(array: Array) -> bytes:
@@ -123,10 +138,9 @@ def _numbers_of(name: str, datatype: str, count: int, data: bytes | bytearray | 
     return array if array.flags.aligned else array.copy()
 
 
-def _strings_of(name: str, count: int, data: bytes | bytearray | memoryview) -> Array:
+def _strings_of(name: str, count: int, data: bytes | bytearray | memoryview) -> list[bytes]:
     """Split elements, each led by its length."""
     size = len(data)
-    _refuse_many(name, count)
     elements, at = [], 0
     for index in range(count):
         start = at + _LENGTH
@@ -141,20 +155,15 @@ def _strings_of(name: str, count: int, data: bytes | bytearray | memoryview) -> 
         raise BadRequestError(
             f"Input '{name}' has {size:,} bytes of data, but its {count:,} elements end after {at:,}."
         )
-    return to_objects(elements)
+    return elements
 
 
-def _values(name: str, datatype: str, shape: tuple[int, ...], data: Sequence[Any]) -> Array:
+def _numbers_in(name: str, datatype: str, flat: Sequence[Any]) -> Array:
     """Check and convert values without letting NumPy guess: of one long string and many numbers it makes gigabytes."""
-    flat = _flatten(name, shape, data)
-    kinds = set(map(type, flat))
-    if datatype == "BYTES":
-        _refuse_many(name, len(flat))
-        _refuse_others(name, datatype, kinds, frozenset({str, bytes}))
-        return to_objects([value if isinstance(value, bytes) else _encoded(name, value) for value in flat])
     if datatype == "FP16":
         raise BadRequestError(f"Input '{name}' is FP16, which is taken in binary form only: send binary_data_size.")
     dtype = DATATYPES[datatype]
+    kinds = set(map(type, flat))
     if dtype.kind in "iu" and float in kinds:
         flat = _whole_numbers(name, datatype, flat)
         kinds.discard(float)
@@ -193,13 +202,6 @@ def _flatten(name: str, shape: tuple[int, ...], data: Sequence[Any]) -> Sequence
             f"Input '{name}' has {len(flat):,} values, but its shape {list(shape)} makes {_shown(count)}."
         )
     return flat
-
-
-def _refuse_many(name: str, count: int) -> None:
-    if count > MAX_STRINGS:
-        raise BadRequestError(
-            f"Input '{name}' has {_shown(count)} elements of BYTES, of which at most {MAX_STRINGS:,} are taken."
-        )
 
 
 def _refuse_others(name: str, datatype: str, kinds: set[type], taken: frozenset[type]) -> None:

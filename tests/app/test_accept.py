@@ -41,7 +41,9 @@ class Neighbours:
         connections = Connections(page)
         # One loop watches a descriptor once, so each has its own, as processes have.
         self.listeners.append(self.listener.dup())
-        return Acceptor(self.listeners[-1], lambda: Held(connections), page, self.pages)
+        acceptor = Acceptor(self.listeners[-1], lambda: Held(connections), page, self.pages)
+        acceptor.start()
+        return acceptor
 
     def connect(self, count: int) -> None:
         for _ in range(count):

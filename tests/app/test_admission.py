@@ -124,3 +124,27 @@ def test_a_client_that_leaves_after_the_stay_ends_nothing():
         return asyncio.current_task().cancelling()
 
     assert asyncio.run(stay()) == 0
+
+
+def test_one_timer_ends_each_stay_at_its_own_deadline_and_no_other():
+    async def stays() -> None:
+        metrics = Metrics()
+        admission = Admission(Limits(images=1, bytes=1, pixels=1, model_images={}, queue_target_s=0.0), metrics)
+        lane = admission.lane(metrics.for_model("m", "1"))
+        now, told, order = time.monotonic(), {}, (0.03, 0.01, 60.0, 0.02, -1.0, 0.01)
+        tickets = [Ticket(admission, lane, now + seconds, 3) for seconds in order]
+        closed = Ticket(admission, lane, now + 0.015, 3)
+        for number, ticket in enumerate([*tickets, closed]):
+            ticket.open(lambda number=number: told.setdefault(number, time.monotonic()))
+        closed.close(finished=False)
+        while len(told) < 5:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.005)
+        assert sorted(told) == [0, 1, 3, 4, 5]
+        assert all(told[number] >= tickets[number].deadline for number in told), "ended early"
+        for ticket in tickets:
+            ticket.expire()  # told once is enough
+            ticket.close(finished=False)
+        assert metrics.inflight_requests.labels("m").get() == 0
+
+    asyncio.run(asyncio.wait_for(stays(), 10))

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import re
 import signal
 import socket
@@ -17,7 +18,8 @@ import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from app.http.connection import MAX_WAITING, Connection, _Flow, connection_of
+from app.http.connection import MAX_HEADS, MAX_WAITING, Connection, Heads, RequestHead, _Flow, connection_of
+from tests.app.watching import worker_pids
 from tests.bundles import make_bundle, plain_image
 from tests.servers import ConvoyProcess, convoy
 
@@ -202,6 +204,68 @@ def test_what_is_no_http_is_told_once_and_ends_the_connection(server, first):
     assert not troubles(server)
 
 
+@pytest.mark.parametrize(("data", "best", "closes"), FORMS.values(), ids=FORMS)
+def test_a_head_that_came_before_means_the_same_again(server, data, best, closes):
+    for _ in range(3):
+        with wire(server) as client:
+            for _ in range(1 if closes else 3):
+                client.send(data)
+                answer = client.answer()
+                assert (answer.best, answer.headers.get("connection") == "close") == (best, closes)
+                if not closes:  # between two of them: what the parser has to read on from
+                    client.send(request(GREEN) + request(BLUE))
+                    assert [client.answer().best for _ in range(2)] == ["colours: green", "colours: blue"]
+    assert not troubles(server)
+
+
+def test_a_body_that_looks_like_a_known_request_is_a_body(server):
+    known = request(RED, "/predict", "X-Request-Id: inner")
+    with wire(server) as client:
+        for _ in range(2):
+            client.send(known)
+            assert (answer := client.answer()).id == "inner" and answer.best == "colours: red"
+        for pieces in ((b"", known), (known[:5], known), (known, known), (known, known[:7])):
+            outer = request(b"".join(pieces), "/predict", "X-Request-Id: outer")
+            head = outer[: len(outer) - len(b"".join(pieces))]
+            for start in range(0, len(head), 40):  # however much of the outer head came before
+                client.send(head[:start], head[start:] + pieces[0], pieces[1])
+                assert (answer := client.answer()).id == "outer" and answer.best == "bad_image"
+        client.send(known)
+        assert client.answer().id == "inner"
+
+
+def test_what_is_learned_starts_where_a_request_does(server):
+    tail = b"the rest of a body "
+    together = tail + request(RED, "/predict", "X-Request-Id: learned")
+    with wire(server) as client:
+        for _ in range(3):
+            outer = request(b"begins, " + tail)
+            client.send(outer[: -len(tail)], together)
+            assert client.answer().best == "bad_image"
+            assert client.answer().id == "learned"
+        client.send(together)  # where a request should start, that is no HTTP
+        assert client.answer().status == 400
+        assert client.ended()
+
+
+def test_only_a_head_with_nothing_but_its_body_is_learned_and_not_too_many():
+    heads = Heads()
+    learned = RequestHead("/predict", b"", [], len(RED))
+    for data in (
+        request(RED) + b"P",
+        chunked(RED),
+        request(RED, "/predict", "X: " + "x" * 4096),
+    ):
+        heads.learn(data, learned)
+        assert heads.split(data) is None
+    for number in range(3 * MAX_HEADS):
+        heads.learn(request(RED, f"/{number}/predict"), learned)
+        assert heads.split(request(RED, f"/{number}/predict")) == (learned, RED)
+    assert heads.split(request(RED, "/1/predict")) is None
+    assert heads.split(request(RED, f"/{number}/predict")[:-1]) is None
+    assert heads.split(request(RED, f"/{number}/predict") + b"x") is None
+
+
 def troubles(server) -> list[dict]:
     """Return what the log complains about."""
     return [
@@ -255,12 +319,32 @@ def test_after_a_deadline_the_next_request_on_the_connection_has_its_own(slow):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_a_drain_answers_who_has_connected_and_was_not_accepted_yet(models, tmp_path, workers):
+    """The service stands still while clients connect, send and go on; then the signal is the first that it hears of."""
+    with convoy(models, tmp_path / "log", workers=workers, default_model="colours") as draining:
+        stopped = [draining.process.pid, *([*worker_pids(draining).values()] if workers > 1 else [])]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        clients = [Wire(draining.url) for _ in range(40)]
+        for client in clients:
+            client.send(request(RED))
+        draining.process.send_signal(signal.SIGTERM)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        assert {client.answer().best for client in clients} == {"colours: red"}
+        assert draining.stop() == 0
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("size", [0, 300_000], ids=["whole", "in-pieces"])
 def test_a_drain_answers_what_was_pipelined_before_it(tmp_path, size, workers):
     """The connection is closed with the last answer, whatever kind of request it is to, and not before."""
     make_bundle(tmp_path / "models", "slow", slow=True)
     behind = [request(GREEN), request(method="GET", path="/livez"), request(b"broken"), request(BLUE)]
-    with convoy(tmp_path / "models", tmp_path / "log", workers=workers) as draining, wire(draining) as client:
+    settings = {"workers": workers, "sessions": 1, "max_batch": 1}
+    with convoy(tmp_path / "models", tmp_path / "log", **settings) as draining, wire(draining) as client:
         client.send(request(RED + bytes(size)) + b"".join(behind))
         while not draining.metrics()["convoy_inflight_images"]:
             time.sleep(0.002)

@@ -260,6 +260,23 @@ def test_limits_hold_before_anything_is_decoded():
     assert jpeg.read_header(patched(data, FRAME + b"\0\x1e\0\x28", FRAME + struct.pack(">HH", 2000, 1001))) is None
 
 
+STARTS = {
+    "colour": turbo(picture(), "420"),
+    "gray": saved(picture()[:, :, 0]),
+    "scan-in-a-comment": with_segment(turbo(picture(), "420"), 0xFFFE, b"\xff\xda" + bytes(40) + b"\xff\xda"),
+    "profile": saved(picture(), icc_profile=bytes(3000)),
+    "exif": with_segment(turbo(picture(), "420"), 0xFFE1, b"Exif\0\0" + bytes(20)),
+    "progressive": saved(picture(), progressive=True),
+}
+
+
+@pytest.mark.parametrize("data", STARTS.values(), ids=STARTS)
+def test_a_start_that_came_before_says_what_the_whole_file_says(data):
+    for _ in range(2):
+        for end in (*range(len(data)), len(data)):
+            assert jpeg.read_header(data[:end]) == jpeg._walk(data[:end]), end
+
+
 def test_further_scans_are_counted_by_pillows_side():
     data = saved(GRAY)
     scan = data[data.index(b"\xff\xda") : -2]

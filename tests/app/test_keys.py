@@ -12,8 +12,9 @@ import pytest
 
 from app import keys
 from app.errors import ForbiddenError, SettingsError, UnauthorizedError
-from app.http.auth import access_of
+from app.http.auth import OPEN, access_of
 from app.keys import Access, Keyring, make_key, presented_in, read_keys
+from tests.app.test_connection import request, wire
 from tests.app.watching import free_port, logged_with, messages, wait_for
 from tests.bundles import plain_image
 from tests.servers import ConvoyProcess, convoy
@@ -236,6 +237,48 @@ def test_health_is_open_and_the_rest_is_not(guarded):
         assert server.client.get(path).status_code == 401, path
 
 
+def test_every_route_that_is_not_open_asks_for_a_key(guarded):
+    setup, server = guarded
+    document = server.client.get("/openapi.json").json()
+    asked = 0
+    for path, operations in document["paths"].items():
+        real = re.sub(r"\{\w+\}", "1", path)
+        for method, operation in operations.items():
+            answer = server.client.request(method, real)
+            assert (answer.status_code == 401) == (real not in OPEN) == ("security" in operation), (method, path)
+            if answer.status_code == 401:
+                asked += 1
+                # Whoever has a key gets further, to whatever the route says.
+                key = setup.held[access_of(real)]
+                assert server.client.request(method, real, headers=bearer(key)).status_code not in (401, 403)
+    assert asked > 20
+    assert document["components"]["securitySchemes"].keys() == {"bearer", "key"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v2/repository/models/colours/load",
+        "/v2/repository%2Fmodels/colours/load",
+        "/v2/%72epository/models/colours/load",
+        "/v2/repository/models/predict/predict",
+        "http://x/v2/repository/models/colours/load",
+        "/v2/repository/models/colours/load?x=/livez",
+        "/livez/../v2/repository/models/colours/load",
+        "//v2/repository/models/colours/load",
+    ],
+)
+def test_no_spelling_of_a_path_gets_past_the_key(guarded, target):
+    setup, server = guarded
+    for headers, refused in (("", b" 401 "), (f"X-API-Key: {setup.held['predict']}\r\n", b" 403 ")):
+        with socket.create_connection((server.client.base_url.host, server.client.base_url.port), 10) as connection:
+            head = f"POST {target} HTTP/1.1\r\nHost: /livez\r\nContent-Length: 2\r\n{headers}\r\n"
+            connection.sendall(head.encode() + b"{}")
+            status = connection.recv(65536).partition(b"\r\n")[0]
+        # What the router does not know as a path of the repository is nobody's: 404 for whoever may predict.
+        assert refused in status or (headers and b" 404 " in status), status
+
+
 def test_a_refused_body_is_not_read(guarded):
     _, server = guarded
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
@@ -274,6 +317,26 @@ def test_a_new_key_is_taken_and_a_withdrawn_one_refused_while_it_serves(guarded)
     assert server.client.get("/models", headers=bearer(setup.held["predict"])).status_code == 200
     setup.file.write_text(before)
     assert not any(held in setup.log.read_text() for held in (*setup.held.values(), key))
+
+
+def test_a_request_that_comes_whole_is_asked_for_its_key_each_time(guarded):
+    """Its head is read once; whether its key still opens the door is asked for every request."""
+    setup, server = guarded
+    before = setup.file.read_text()
+    key = add(setup.file, "whole", "predict")
+    with wire(server) as client:
+
+        def status(*headers: str) -> int:
+            client.send(request(RED, "/predict", *headers))
+            return client.answer().status
+
+        wait_for(lambda: status(f"X-API-Key: {key}") == 200)
+        for _ in range(3):
+            assert status(f"X-API-Key: {key}", "X-Request-Id: keyed-whole") == 200
+            assert (status(), status("X-API-Key: wrong"), status(f"Authorization: {key}")) == (401, 401, 401)
+        setup.file.write_text(before)
+        wait_for(lambda: status(f"X-API-Key: {key}") == 401)
+    assert {line["key"] for line in logged_with(server, "keyed-whole")} == {"whole"}
 
 
 def test_without_keys_load_is_refused_all_the_same(server):

@@ -17,7 +17,7 @@ import pytest
 from app.errors import SettingsError
 from app.settings import Settings
 from app.tls import Certificate, certificate_of
-from tests.app.watching import free_port, messages, probe_url, wait_for
+from tests.app.watching import free_port, messages, pages_of, probe_url, wait_for
 from tests.bundles import plain_image
 from tests.certificates import Pair, make_pair
 from tests.servers import ConvoyProcess, convoy
@@ -86,7 +86,7 @@ def test_what_is_agreed_on(secure, pair):
         assert connection.selected_alpn_protocol() == "http/1.1"
 
 
-def test_plain_http_on_the_secure_port_gets_nothing_and_harms_nobody(secure):
+def test_plain_http_on_the_secure_port_gets_nothing_and_harms_nobody(secure, pair):
     server, _ = secure
     address = server.client.base_url.host, server.client.base_url.port
     for _ in range(5):
@@ -98,6 +98,10 @@ def test_plain_http_on_the_secure_port_gets_nothing_and_harms_nobody(secure):
         pass
     assert server.client.get("/livez").status_code == 200
     assert not [line for line in server.lines() if line["level"] == "error"]
+    server.client.close()
+    server.client = httpx.Client(base_url=server.url, timeout=30, verify=pair.trusting())
+    if "workers" in server.client.get("/readyz").json():  # of connections that came to nothing none is counted
+        wait_for(lambda: sum(page.connections for page in pages_of(server)) == 1)
 
 
 def test_the_probe_port_stays_plain(secure):

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import socket
 import subprocess
 from pathlib import Path
 
@@ -229,16 +230,45 @@ def test_a_body_that_is_too_large(models, tmp_path):
         assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
 
 
+def dropped(server, stage: str, reason: str) -> float:
+    return server.metrics().get(f'convoy_dropped_total{{model="slow",reason="{reason}",stage="{stage}"}}', 0)
+
+
+def test_deadlines_and_clients_that_leave(tmp_path):
+    make_bundle(tmp_path / "models", "slow", slow=True)
+    content = json.dumps({"instances": [b64(RED)] * 8}).encode()
+    with convoy(tmp_path / "models", tmp_path / "log", sessions=1, max_batch=1) as server:
+        for path, body in (("/v1/models/slow:predict", content), ("/predictions/slow", RED)):
+            late = server.client.post(path, content=body, headers={"Timeout-Ms": "1"})
+            assert late.status_code in (429, 504), late.text  # known at the door, or only inside
+        address = server.client.base_url.host, server.client.base_url.port
+        with socket.create_connection(address, 10) as connection:
+            head = b"POST /v1/models/slow:predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content)
+            connection.sendall(head + content)
+            inflight = 'convoy_inflight_requests{model="slow"}'
+            wait_for(lambda: server.metrics()[inflight] == 1)
+        wait_for(lambda: server.metrics()[inflight] == 0)
+        assert dropped(server, "queue", "disconnected") + dropped(server, "infer", "disconnected") == 1
+        assert server.metrics()["convoy_inflight_images"] == 0
+        assert server.metrics()["convoy_inflight_bytes"] == 0
+
+
 @pytest.mark.parametrize("verb", ["explain", "classify", "regress"])
 def test_what_is_not_offered_says_so(v1, verb):
-    for path in (f"/v1/models/colours:{verb}", f"/v1/models/colours/versions/1:{verb}"):
-        answer = v1.client.post(path, json={"instances": [1]})
+    for path in ("colours", "colours/versions/1", "colours/labels/stable"):
+        answer = v1.client.post(f"/v1/models/{path}:{verb}", json={"instances": [1]})
         assert (answer.status_code, answer.json()["code"]) == (501, "not_offered")
 
 
 def test_an_unknown_model_or_version(v1):
-    for path in ("/v1/models/nothing", "/v1/models/colours/versions/9", "/v1/models/nothing/metadata"):
-        answer = v1.client.get(path)
+    for path in (
+        "nothing",
+        "colours/versions/9",
+        "colours/labels/gone",
+        "nothing/metadata",
+        "colours/versions/9/metadata",
+    ):
+        answer = v1.client.get(f"/v1/models/{path}")
         assert answer.status_code == 404 and answer.json().keys() == {"error", "code"}
 
 

@@ -5,7 +5,6 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -110,11 +109,13 @@ class ScriptedServer:
             received += data
 
     def _drip(self, connection: socket.socket) -> None:
+        """Send a byte every 10 ms, for 5 s at most."""
         try:
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-            while not self._over.is_set():
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n")
+            for _ in range(500):
                 connection.sendall(b" ")
-                time.sleep(0.01)
+                if self._over.wait(0.01):
+                    return
         except OSError:
             return
 

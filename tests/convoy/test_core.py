@@ -1,10 +1,13 @@
 """The rules, without a socket or a clock: what is sent, what is tried again and when, and what an answer means."""
 
+import io
 import itertools
 import json
 import pickle
 import string
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,8 +201,20 @@ def test_each_status_has_its_class_and_brings_the_services_words(status, kind):
     assert type(copy) is kind and vars(copy) == vars(fault)
 
 
-def test_what_a_proxy_says_is_told_as_what_it_is():
-    world = World(reply(502, b"<html>Bad Gateway</html>"), retries=0)
+@pytest.mark.parametrize("status", ALL_FAULTS)
+def test_what_is_tried_again(status):
+    world = World(reply(status), reply())
+    if status in (429, 502, 503):
+        assert world.predict().label == "cat"
+    else:
+        with pytest.raises(convoy.ConvoyError):
+            world.predict()
+    assert len(world.sent) == (2 if status in (429, 502, 503) else 1)
+
+
+@pytest.mark.parametrize("content", [b"<html>Bad Gateway</html>", {"error": ""}, {"error": {"message": "x"}}, ["x"]])
+def test_what_a_proxy_says_is_told_as_what_it_is(content):
+    world = World(reply(502, content), retries=0)
     with pytest.raises(convoy.UnavailableError, match=r"answered 502 Bad Gateway without a sentence") as caught:
         world.predict()
     assert (caught.value.status, caught.value.code) == (502, "")
@@ -209,7 +224,9 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["model", "version", "results", "top", "label", "error"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["model", "version", "results", "top", "label", "index", "error"]), inner, max_size=4
+        )
     ),
 )
 
@@ -222,6 +239,13 @@ def test_any_answer_is_a_prediction_or_an_error_of_ours(status, content):
     assert caught.value.status == status and caught.value.sentence
     if status == 200:
         assert type(caught.value) is convoy.BadAnswerError
+
+
+def test_numbers_that_are_none_are_no_answer():
+    content = prediction("cat")
+    content["results"][0]["top"][0]["index"] = float("inf")
+    with pytest.raises(convoy.BadAnswerError):
+        World(reply(200, content)).predict()
 
 
 @pytest.mark.parametrize("labels", [(), ("cat", "dog")])
@@ -425,10 +449,12 @@ def test_what_is_not_about_one_image_ends_the_call_even_where_errors_are_kept():
         world.run(world.core.predict_part(Part([(0, b"a"), (1, b"b")]), world.core.ask(), keep_faults=True))
 
 
-def test_one_path_is_not_a_list_of_images():
-    for single in ("cat.jpg", b"bytes"):
-        with pytest.raises(TypeError, match="takes several images"):
+def test_one_image_is_not_a_list_of_images():
+    for single in ("cat.jpg", b"bytes", Path("cat.jpg"), io.BytesIO(b"bytes"), np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(TypeError, match="Several images are a list"):
             Core().parts(single, keep_faults=False)
+    (part,) = Core().parts(np.zeros((2, 4, 4, 3), np.uint8), keep_faults=False)
+    assert len(part.images) == 2
 
 
 def test_models_and_probes_are_read():

@@ -64,12 +64,11 @@ def test_target_takes_its_own_onnx_runtime_and_no_other(dockerfile, target):
 def test_only_serving_requirements_are_installed(root, dockerfile):
     runs = dockerfile.find("RUN")
     lists = {word for run in runs if " install " in run for word in run.split() if word.endswith(".txt")}
-    assert lists == {"base.txt", "cpu.txt", "gpu.txt", "constraints.txt", "constraints-gpu.txt"}
+    assert lists == {"base.txt", "grpc.txt", "cpu.txt", "gpu.txt", "constraints.txt", "constraints-gpu.txt"}
     assert all("-c constraints.txt" in run for run in runs if " install -" in run and "--no-deps" not in run)
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    serving = (
-        project["dependencies"] + project["optional-dependencies"]["cpu"] + project["optional-dependencies"]["gpu"]
-    )
+    extras = project["optional-dependencies"]
+    serving = project["dependencies"] + extras["grpc"] + extras["cpu"] + extras["gpu"]
     assert not [requirement for requirement in serving if requirement.startswith(("torch", "onnx>", "onnxscript"))]
 
 
