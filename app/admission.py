@@ -402,8 +402,13 @@ class Ticket:
             return
         if issubclass(kind, asyncio.CancelledError):
             failure = self.drop()
-            if self._reason and self._task.uncancel() <= self._cancelling:  # the cancellation was ours, and ends here
-                raise failure from None
+            try:
+                if self._reason and self._task.uncancel() <= self._cancelling:  # the cancellation was ours, ends here
+                    raise failure from None
+            finally:
+                # An error and the frame that it is named in hold each other, and with it body and model, until garbage
+                # is collected, which is seldom: a hot swap waited for that.
+                del failure
         elif issubclass(kind, AbandonedError):
             self._lane.metrics.dropped(self.stage, "disconnected")
 

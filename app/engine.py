@@ -226,12 +226,17 @@ class LocalEngine:
             _keep_counting(running, ticket)
             raise
         ticket.give_back_pixels()
-        for index, result in enumerate(decoded):
-            if isinstance(result, ConvoyError):
-                raise _naming(result, index, images)
-            if isinstance(result, BaseException):
-                raise result
-        return np.stack(decoded)  # type: ignore[arg-type]  # no exception is left in it
+        try:
+            for index, result in enumerate(decoded):
+                if isinstance(result, ConvoyError):
+                    raise _naming(result, index, images)
+                if isinstance(result, BaseException):
+                    raise result
+            return np.stack(decoded)  # type: ignore[arg-type]  # no exception is left in it
+        finally:  # an error holds this frame, which must not hold the error: only collecting garbage would end that
+            del result
+            decoded.clear()
+            running.clear()
 
     async def _run(
         self,
@@ -253,6 +258,7 @@ class LocalEngine:
                 model.batcher.abandon(job)
             if job.taken:  # only now: until it was abandoned, a session may have taken it
                 ticket.stage = "infer"
+            del answer, job  # an error that comes out of them holds this frame
         _count(model, stages, rows)
         return outputs
 

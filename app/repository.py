@@ -5,6 +5,7 @@ missing beside the running service, switches in one step, and lets the old versi
 that fails changes nothing. Everybody else only looks things up. Knows nothing of requests, nor of other processes.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -25,6 +26,8 @@ from app.versions import THE_LATEST, Folder, Selection, Stamp, read_folder, stam
 log = logging.getLogger(__name__)
 
 RETIRING_STEP_S = 0.02
+COLLECT_S = 1.0
+"""How often garbage is collected while a replaced version is held: perhaps by what is left of a request that failed."""
 SHOWN_RETIRED = 5
 """Versions of a model that are gone, and whose numbers are still shown: Prometheus should see their last ones."""
 
@@ -478,9 +481,13 @@ class Repository:
 
     def _end(self, model: weakref.ref[LoadedModel], batcher: Batcher) -> None:
         """Wait until no request holds a model, and stop its sessions."""
-        until = time.monotonic() + self._patience_s
-        while model() is not None and time.monotonic() < until:
+        now = time.monotonic()
+        until, collected = now + self._patience_s, now
+        while model() is not None and (now := time.monotonic()) < until:
             time.sleep(RETIRING_STEP_S)
+            if now - collected > COLLECT_S:
+                gc.collect()
+                collected = now
         batcher.close()
         self._on_retired()
 

@@ -1,6 +1,10 @@
 import asyncio
+import gc
 import threading
 import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +12,10 @@ import pytest
 from app.admission import Admission, Limits, Ticket
 from app.batcher import Batcher
 from app.engine import LocalEngine
-from app.errors import AbandonedError, BadImageError, DeadlineError, QueueFullError
+from app.errors import AbandonedError, BadImageError, ConvoyError, DeadlineError, InferenceError, QueueFullError
 from app.loading import LoadedModel
 from app.metrics import Metrics
-from tests.bundles import COLOURS, encode, make_bundle, plain_image
+from tests.bundles import COLOURS, encode, make_bundle, noise_image, plain_image
 
 
 class HeldSession:
@@ -270,5 +274,56 @@ def test_requests_in_progress_are_counted_also_when_they_fail(tmp_path):
             assert bench.model.metrics.inflight_requests.get() == 1
             raise ValueError("inside")
         assert bench.model.metrics.inflight_requests.get() == 0
+
+    with_bench(tmp_path, scenario)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage is collected, as in a service that has been asked little."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize(
+    ("fault", "image", "timeout_s"),
+    [
+        (DeadlineError, plain_image("red"), 0.05),
+        (AbandonedError, plain_image("red"), 10),
+        (BadImageError, noise_image(5, "JPEG", (400, 400))[:-3000], 10),
+        (InferenceError, plain_image("red"), 10),
+    ],
+)
+def test_a_request_that_failed_holds_nothing(tmp_path, fault, image, timeout_s):
+    """A model that is replaced ends with the last request that holds it, and so does the memory of a body."""
+
+    async def fail(bench: Bench, model: LoadedModel) -> type[ConvoyError]:
+        try:
+            with bench.engine.admit(model, time.monotonic() + timeout_s) as ticket:
+                if fault is AbandonedError:
+                    asyncio.get_running_loop().call_later(0.02, ticket.abandon)
+                if fault is InferenceError:
+                    bench.session.run = None
+                    bench.session.gate.set()
+                await bench.engine.classify(model, [image], ticket)
+        except (ConvoyError, AbandonedError) as error:
+            return type(error)
+        raise AssertionError("it did not fail")
+
+    async def scenario(bench):
+        model = replace(bench.model)
+        witness = weakref.ref(model)
+        failing = asyncio.create_task(fail(bench, model))
+        del model
+        assert await failing is fault
+        del failing
+        for _ in range(100):  # a thread may still be on its way out of the call
+            await asyncio.sleep(0.01)
+            if witness() is None:
+                break
+        assert witness() is None
 
     with_bench(tmp_path, scenario)
