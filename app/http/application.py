@@ -13,6 +13,7 @@ from app.engine import Engine
 from app.http import errors, health, models, predict, torchserve, v1, v2
 from app.http.auth import Guard, describe
 from app.http.bodies import BodyLimits
+from app.http.direct import Front
 from app.http.observe import Observe
 from app.keys import Keyring
 from app.metrics import Metrics
@@ -68,7 +69,7 @@ def create_app(
     if keyring.guarded:
         describe(app)
     guard = Guard(
-        predict.Front(v2.Front(app, inferrer), predictor),
+        Front(app, [(predict.way_of, predictor.answer), (v2.way_of, inferrer.answer)]),
         predictor.begin,
         keyring,
         [route for router in routers for route in router.routes],

@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 from fastapi import APIRouter, Depends, Header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from app.engine import Engine
 from app.errors import BadRequestError, NotOfferedError, UnavailableError
 from app.http.bodies import BodyLimits, read_body, too_large
 from app.http.connection import Connection
-from app.http.direct import Direct, admitted, answer_directly
+from app.http.direct import Direct, admitted
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse
 from app.http.v2_messages import Writer, cost_of, deflate, inflate, json_object, parse
@@ -92,18 +92,13 @@ class Inferrer:
     async def answer(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         """Read a request, whose path names the model, run it, and send the answer."""
         trace = trace_of(scope)
-        _, name, version = way_of(scope["path"]) or ("", "", None)
-        model = self._engine.model(name, version)
+        _, asked = way_of(scope["path"]) or ("", ("", None))
+        model = self._engine.model(*asked)
         writer = self._writers.get(model) or self._writers.setdefault(model, Writer(model))
         header_length, accepted = _more_of(scope)
         limit = self._limits.max_body_bytes
         with admitted(self._engine, model, scope, connection, self._timeout_ms) as (head, ticket):
-            if (body := connection.take_body()) is None:
-                body = await read_body(head, receive, ticket, limit)
-            elif len(body) > limit:
-                raise too_large(limit)
-            else:
-                ticket.hold_bytes(len(body))
+            body = await read_body(head, receive, ticket, limit)
             if head.content_encoding != "identity":
                 body = await inflate(body, head.content_encoding, ticket, limit)
             if cost := cost_of(body if header_length is None else memoryview(body)[:header_length]):
@@ -131,30 +126,14 @@ class Inferrer:
         await connection.answer(HTTPStatus.OK, headers.encode(), answer)
 
 
-class Front:
-    """Hands inference requests straight to their endpoint, all else to the application behind it."""
-
-    def __init__(self, app: ASGIApp, inferrer: Inferrer) -> None:
-        self._app = app
-        self._inferrer = inferrer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the lifespan."""
-        if scope["type"] == "http" and scope["method"] == "POST" and (way := way_of(scope["path"])):
-            trace_of(scope).route = way[0]
-            await answer_directly(self._inferrer.answer, scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-
 @lru_cache(maxsize=1024)
-def way_of(path: str) -> tuple[str, str, str | None] | None:
-    """Return route, model's name and version of an inference request's path; None: it is none."""
+def way_of(path: str) -> tuple[str, Asked] | None:
+    """Return an inference request's route, and what its path asks for; None: it is none."""
     found = _WAY.fullmatch(path)
     if found is None:
         return None
     name, version = found.groups()
-    return f"{MODEL if version is None else VERSION}/infer", name, version
+    return f"{MODEL if version is None else VERSION}/infer", (name, version)
 
 
 def routes(
