@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers bench-survival clean
+.PHONY: help run test training lint format bench bench-peers bench-survival contract clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ bench-peers: $(VENV)/.dev $(PEERS)/.installed ## measure the service beside LitS
 
 bench-survival: $(VENV)/.dev ## overload, leaving clients, kills, signals, quotas and two soaks: 45 minutes (ARGS="--only overload")
 	$(BIN)/python -m benchmarks.survival $(ARGS)
+
+contract: $(VENV)/.dev ## hold the answers to 5,000 requests against both OpenAPI documents (ARGS="--cases 500")
+	$(BIN)/python -m tests.contract $(ARGS)
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(PEERS) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

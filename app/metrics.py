@@ -350,9 +350,9 @@ class Metrics:
         """Return the Prometheus text exposition of every series, summed over all pages."""
         return generate_latest(self.registry)
 
-    def sums(self, name: str) -> dict[tuple[str, ...], list[float]]:
-        """Return the slots of every series of one family by its labels, the hidden ones too, joined over all pages."""
-        return _joined({name: self.families[name]}, self.pages)[name]
+    def sums(self, *names: str) -> dict[str, dict[tuple[str, ...], list[float]]]:
+        """Return the slots of every series of some families, by all its labels, joined over all pages."""
+        return _joined({name: self.families[name] for name in names}, self.pages)
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         family = Counter(self.page, name, help_text, labels)

@@ -50,7 +50,7 @@ def create_app(
     inferrer = v2.Inferrer(engine, limits, request_timeout_ms)
     routers = [
         predict.routes(predictor),
-        v2.routes(engine, repository, metrics, probes, inferrer),
+        v2.routes(engine, repository, operations, metrics, probes, inferrer),
         v1.routes(engine, repository, limits, request_timeout_ms),
         torchserve.routes(engine, probes, limits, request_timeout_ms),
         models.routes(repository, operations),

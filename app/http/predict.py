@@ -36,6 +36,7 @@ ROUTE, MODEL_ROUTE = "/predict", "/models/{model}/predict"
 VERSION_ROUTE = "/models/{model}/versions/{version}/predict"
 _WAY = re.compile(r"/models/([^/]+)(?:/versions/([^/]+))?/predict")
 
+_COUNT = re.compile(r"[0-9]{1,9}")
 Asked = tuple[str | None, str | None]
 """A model's name and version; None: the default model, the active version."""
 TopK = Annotated[int, Query(ge=1, description="How many classes to return, best first; at most the number there is.")]
@@ -277,10 +278,13 @@ def _wanted_top_k(query: bytes, classes: int) -> int:
     Raises:
         BadRequestError: it is no whole number from 1 to the number of classes.
     """
-    values = [value for name, value in parse_qsl(query, keep_blank_values=True) if name == b"top_k"]
+    # As text: of bytes with an escaped letter beyond ASCII the standard library raises UnicodeEncodeError.
+    values = [value for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True) if name == "top_k"]
     if not values:
         return DEFAULT_TOP_K
-    if not (values[-1].isdigit() and 1 <= int(values[-1][:9]) <= classes):
-        shown = values[-1][:40].decode("utf-8", "replace")
-        raise BadRequestError(f"top_k = {shown!r} is not a whole number from 1 to the model's {classes} classes.")
-    return int(values[-1])
+    k = int(values[-1]) if _COUNT.fullmatch(values[-1]) else 0
+    if not 1 <= k <= classes:
+        raise BadRequestError(
+            f"top_k = {values[-1][:40]!r} is not a whole number from 1 to the model's {classes} classes."
+        )
+    return k

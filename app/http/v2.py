@@ -4,6 +4,7 @@ Inference goes the direct way, like predictions; what is asked once a connection
 are `app/v2/`'s; this room has the paths, the headers and the statuses.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -13,22 +14,25 @@ from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Depends, Header
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.engine import Engine
 from app.errors import BadRequestError, NotOfferedError, UnavailableError
-from app.http.bodies import BodyLimits, Head, read_body, too_large
+from app.http.bodies import BodyLimits, read_body, too_large
 from app.http.connection import Connection
-from app.http.direct import Direct, answer_directly
+from app.http.direct import Direct, admitted, answer_directly
 from app.http.observe import trace_of
 from app.http.schemas import ErrorResponse
-from app.http.v2_messages import Writer, cost_of, deflate, inflate, parse
+from app.http.v2_messages import Writer, cost_of, deflate, inflate, json_object, parse
 from app.http.v2_schemas import (
+    INDEX_BODY,
     INFER_BODY,
     INFER_RESPONSE,
-    IndexBody,
+    OPERATION_BODY,
     IndexEntry,
+    Loaded,
     ModelConfig,
     ModelMetadata,
     ModelNames,
@@ -37,17 +41,21 @@ from app.http.v2_schemas import (
     ServerMetadata,
     ServerReady,
     Statistics,
+    Unloaded,
 )
 from app.loading import LoadedModel
 from app.metrics import Metrics
+from app.operations import Operations
 from app.probes import Probes
 from app.repository import Repository
 from app.v2 import metadata
-from app.v2.inference import infer
+from app.v2.inference import SLOW_ELEMENTS, infer
 
 MODEL = "/v2/models/{model}"
 VERSION = MODEL + "/versions/{version}"
 _WAY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+MAX_DOCUMENT_BYTES = 65_536
+"""Body of a request that is no inference."""
 _LENGTH_HEADER = b"inference-header-content-length"
 
 Asked = tuple[str, str | None]
@@ -87,13 +95,9 @@ class Inferrer:
         _, name, version = way_of(scope["path"]) or ("", "", None)
         model = self._engine.model(name, version)
         writer = self._writers.get(model) or self._writers.setdefault(model, Writer(model))
-        trace.model, trace.version = model.name, model.version
-        head = Head.of(scope["headers"])
         header_length, accepted = _more_of(scope)
-        timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
         limit = self._limits.max_body_bytes
-        with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
-            connection.on_leave = ticket.abandon
+        with admitted(self._engine, model, scope, connection, self._timeout_ms) as (head, ticket):
             if (body := connection.take_body()) is None:
                 body = await read_body(head, receive, ticket, limit)
             elif len(body) > limit:
@@ -107,7 +111,10 @@ class Inferrer:
             message = parse(body, header_length, model)
             response = await infer(self._engine, model, message.request, ticket, self._limits.max_images)
             trace.images = response.rows
-        answer, json_length = writer.write(response, message)
+        if sum([tensor.array.size for tensor in response.outputs]) > SLOW_ELEMENTS:
+            answer, json_length = await asyncio.to_thread(writer.write, response, message)
+        else:
+            answer, json_length = writer.write(response, message)
         answer, encoding = await deflate(answer, accepted)
         stages = response.stages
         headers = (
@@ -150,13 +157,20 @@ def way_of(path: str) -> tuple[str, str, str | None] | None:
     return f"{MODEL if version is None else VERSION}/infer", name, version
 
 
-def routes(engine: Engine, repository: Repository, metrics: Metrics, probes: Probes, inferrer: Inferrer) -> APIRouter:
+def routes(
+    engine: Engine,
+    repository: Repository,
+    operations: Operations,
+    metrics: Metrics,
+    probes: Probes,
+    inferrer: Inferrer,
+) -> APIRouter:
     """Return the protocol's routes."""
     router = APIRouter(prefix="/v2", tags=["v2"])
     _add_server_routes(router, repository, metrics, probes)
     for path, asked in ((MODEL, _by_name), (VERSION, _by_version)):
-        _add_model_routes(router, path.removeprefix("/v2"), asked, engine, metrics, inferrer)
-    _add_repository_routes(router, repository)
+        _add_model_routes(router, path.removeprefix("/v2"), asked, engine, repository, metrics, inferrer)
+    _add_repository_routes(router, repository, operations)
     _add_refusals(router)
     return router
 
@@ -182,8 +196,7 @@ def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metri
 
     @router.get("/models/stats", summary="Statistics of all models")
     async def statistics() -> Statistics:
-        models = [entry.model for entry in repository.entries.values() if entry.model is not None]
-        return Statistics(**metadata.statistics(models, metrics))
+        return Statistics(**metadata.statistics(metadata.served(repository), metrics))
 
 
 def _by_name(model: str) -> Asked:
@@ -195,7 +208,13 @@ def _by_version(model: str, version: str) -> Asked:
 
 
 def _add_model_routes(
-    router: APIRouter, prefix: str, asked: Callable[..., Asked], engine: Engine, metrics: Metrics, inferrer: Inferrer
+    router: APIRouter,
+    prefix: str,
+    asked: Callable[..., Asked],
+    engine: Engine,
+    repository: Repository,
+    metrics: Metrics,
+    inferrer: Inferrer,
 ) -> None:
     """Add the routes of one model; `asked` takes its name, and its version, from the path."""
     Chosen = Annotated[Asked, Depends(asked)]  # noqa: N806 - a type
@@ -203,7 +222,7 @@ def _add_model_routes(
     @router.get(prefix, summary="Model metadata", responses=_ANY_FAULT)
     async def described(chosen: Chosen) -> ModelMetadata:
         model = engine.model(*chosen)
-        return ModelMetadata(**metadata.model_metadata(model, [model.version]))
+        return ModelMetadata(**metadata.model_metadata(model, repository))
 
     @router.get(
         f"{prefix}/ready", summary="Whether a model is ready", responses=_ANY_FAULT | {503: {"model": ModelReady}}
@@ -221,7 +240,10 @@ def _add_model_routes(
 
     @router.get(f"{prefix}/stats", summary="Statistics of a model", responses=_ANY_FAULT)
     async def statistics(chosen: Chosen) -> Statistics:
-        return Statistics(**metadata.statistics([engine.model(*chosen)], metrics))
+        name, version = chosen
+        model = engine.model(name, version)
+        models = metadata.served(repository, name) if version is None else [model]
+        return Statistics(**metadata.statistics(models, metrics))
 
     @router.post(
         f"{prefix}/infer",
@@ -233,19 +255,63 @@ def _add_model_routes(
         return Direct(inferrer.answer)
 
 
-def _add_repository_routes(router: APIRouter, repository: Repository) -> None:
-    @router.post("/repository/index", summary="Models of the repository, with states", responses=_ANY_FAULT)
-    async def index(body: IndexBody | None = None) -> list[IndexEntry]:
-        ready_only = body is not None and body.ready
+def _add_repository_routes(router: APIRouter, repository: Repository, operations: Operations) -> None:
+    """Add the model repository extension; that load and unload need an administrator's key is `auth.py`'s."""
+
+    @router.post(
+        "/repository/index",
+        summary="Versions in the repository, with states",
+        responses=_ANY_FAULT,
+        openapi_extra=INDEX_BODY,
+    )
+    async def index(request: Request) -> list[IndexEntry]:
+        ready_only = (await _small_document(request)).get("ready", False)
+        if not isinstance(ready_only, bool):
+            raise BadRequestError("The index's field 'ready' must be true or false.")
         return [IndexEntry(**entry) for entry in metadata.repository_index(repository, ready_only=ready_only)]
 
-    @router.post("/repository/models/{model}/load", summary="Load a model", responses=_ANY_FAULT)
-    async def load(model: str) -> ErrorResponse:
-        raise NotOfferedError("Loading over the API is not offered: put the version into the repository.")
+    @router.post(
+        "/repository/models/{model}/load",
+        summary="Load a model, or load it again",
+        responses=_ANY_FAULT,
+        openapi_extra=OPERATION_BODY,
+    )
+    async def load(model: str, request: Request) -> Loaded:
+        parameters = (await _small_document(request)).get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise BadRequestError("The parameters of a load must be an object.")
+        metadata.refuse_foreign(parameters)
+        await operations.load(model)
+        return Loaded(name=model, load=True)
 
-    @router.post("/repository/models/{model}/unload", summary="Unload a model", responses=_ANY_FAULT)
-    async def unload(model: str) -> ErrorResponse:
-        raise NotOfferedError("Unloading over the API is not offered.")
+    @router.post(
+        "/repository/models/{model}/unload",
+        summary="Unload a model",
+        responses=_ANY_FAULT,
+        openapi_extra=OPERATION_BODY,
+    )
+    async def unload(model: str, request: Request) -> Unloaded:
+        await _small_document(request)
+        await operations.unload(model)
+        return Unloaded(name=model, unload=True)
+
+
+async def _small_document(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request's body, whatever its Content-Type says; empty where there is no body.
+
+    Raises:
+        BadRequestError: it is no JSON object.
+        BodyTooLargeError: it is no small one.
+    """
+    body = b""
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_DOCUMENT_BYTES:
+                raise too_large(MAX_DOCUMENT_BYTES)
+    except ClientDisconnect:
+        raise BadRequestError("The body ended before it was complete.") from None
+    return json_object(body) if body.strip() else {}
 
 
 def _add_refusals(router: APIRouter) -> None:

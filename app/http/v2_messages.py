@@ -67,7 +67,7 @@ def parse(body: bytes, header_length: int | None, model: LoadedModel) -> Message
         raise BadRequestError(
             f"Inference-Header-Content-Length is {header_length:,}, but the body has {len(body):,} bytes."
         )
-    document = _json_object(body if header_length is None else memoryview(body)[:header_length])
+    document = json_object(body if header_length is None else memoryview(body)[:header_length])
     inputs = _tensors(document, "inputs")
     if not inputs:
         raise BadRequestError("The request has no inputs.")
@@ -204,13 +204,18 @@ def _in_thread(function: Callable[[bytes, int], bytes]) -> Callable[[bytes, int]
     return lambda data, limit: asyncio.to_thread(function, data, limit)
 
 
-def _json_object(text: bytes | memoryview) -> dict[str, Any]:
+def json_object(text: bytes | memoryview) -> dict[str, Any]:
+    """Return the object that JSON text holds.
+
+    Raises:
+        BadRequestError: it is no JSON, or no object.
+    """
     try:
         document = from_json(bytes(text), allow_inf_nan=False)
     except ValueError as error:
         raise BadRequestError(f"The request is not JSON: {error}.") from None
     if not isinstance(document, dict):
-        raise BadRequestError("The request's JSON must be an object with inputs.")
+        raise BadRequestError("The request's JSON must be an object.")
     return document
 
 

@@ -100,6 +100,25 @@ INFER_RESPONSE: dict[str, Any] = {
         "application/octet-stream": _BINARY,
     },
 }
+INDEX_BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"ready": {"type": "boolean", "description": "Only those that are ready."}},
+                }
+            }
+        }
+    }
+}
+OPERATION_BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {"schema": {"type": "object", "properties": {"parameters": {"type": "object"}}}}
+        }
+    }
+}
 
 
 class ServerMetadata(BaseModel):
@@ -213,12 +232,6 @@ class Statistics(BaseModel):
     model_stats: list[ModelStatistics]
 
 
-class IndexBody(BaseModel):
-    """What to list."""
-
-    ready: bool = Field(default=False, description="Only those that are ready.")
-
-
 class IndexEntry(BaseModel):
     """One version of a model in the repository."""
 
@@ -226,3 +239,17 @@ class IndexEntry(BaseModel):
     version: str
     state: str = Field(description="UNKNOWN, READY, UNAVAILABLE, LOADING or UNLOADING.")
     reason: str
+
+
+class Loaded(BaseModel):
+    """The model is loaded, in every worker."""
+
+    name: str
+    load: bool
+
+
+class Unloaded(BaseModel):
+    """The model is unloaded, in every worker."""
+
+    name: str
+    unload: bool

@@ -9,6 +9,7 @@ from typing import Any
 
 from app import __version__
 from app.batcher import DEFAULT_URGENCY
+from app.errors import BadRequestError
 from app.loading import LoadedModel
 from app.metrics import BATCH_SIZES, Metrics
 from app.repository import Repository, State
@@ -43,14 +44,14 @@ def server_metadata() -> dict[str, Any]:
     return {"name": SERVER_NAME, "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def model_metadata(model: LoadedModel, versions: Iterable[str]) -> dict[str, Any]:
-    """Return `ModelMetadata`: the tensors of the graph itself.
+def model_metadata(model: LoadedModel, repository: Repository) -> dict[str, Any]:
+    """Return `ModelMetadata`: the tensors of the graph itself, and the versions that take work.
 
     That an image classifier also takes encoded images, under the same input's name, is in its configuration.
     """
     return {
         "name": model.name,
-        "versions": list(versions),
+        "versions": [version.version for version in served(repository, model.name)] or [model.version],
         "platform": PLATFORM,
         "inputs": [_tensor_metadata(spec) for spec in model.inputs],
         "outputs": [_tensor_metadata(spec) for spec in model.outputs],
@@ -101,27 +102,53 @@ def statistics(models: Iterable[LoadedModel], metrics: Metrics) -> dict[str, Any
     Success and failure count every answered request that asked for an inference, whatever its protocol; the phases
     are those of `convoy_stage_duration_seconds`, `compute_input` being the decoding of images.
     """
-    sums = {
-        name: metrics.sums(name)
-        for name in (
-            metrics.images.name,
-            metrics.request_duration.name,
-            metrics.stage_duration.name,
-            metrics.batches.name,
-            metrics.batch_seconds.name,
-            metrics.last_inference.name,
-        )
-    }
+    sums = metrics.sums(
+        metrics.images.name,
+        metrics.request_duration.name,
+        metrics.stage_duration.name,
+        metrics.batches.name,
+        metrics.batch_seconds.name,
+        metrics.last_inference.name,
+    )
     return {"model_stats": [_model_statistics(model.name, model.version, metrics, sums) for model in models]}
 
 
 def repository_index(repository: Repository, *, ready_only: bool = False) -> list[dict[str, str]]:
     """Return `RepositoryIndex`: every model, its version and state."""
-    return [
-        {"name": entry.name, "version": entry.version, "state": _STATES[entry.state], "reason": entry.reason}
-        for entry in repository.entries.values()
-        if entry.state is State.READY or not ready_only
-    ]
+    index = []
+    for entry in repository.entries.values():
+        # A folder that holds no version is somebody's mistake, to be told.
+        for found in entry.versions.values() or [entry]:
+            if found.state is State.READY or not ready_only:
+                index.append(
+                    {
+                        "name": entry.name,
+                        "version": found.version,
+                        "state": _STATES[found.state],
+                        "reason": found.reason,
+                    }
+                )
+    return index
+
+
+def served(repository: Repository, name: str | None = None) -> list[LoadedModel]:
+    """Return what takes work: every version of one model, or of all, the oldest first."""
+    entries = [entry for entry in repository.entries.values() if name in (None, entry.name)]
+    versions = [version for entry in entries for version in reversed(list(entry.versions.values()))]
+    return [version.model for version in versions if version.model is not None]
+
+
+def refuse_foreign(parameters: Iterable[str]) -> None:
+    """Check the parameters of a request to load a model.
+
+    Raises:
+        BadRequestError: they bring a configuration, or files: models come from the models directory alone.
+    """
+    for name in parameters:
+        if name == "config" or name.startswith("file:"):
+            raise BadRequestError(
+                f"The parameter '{name[:80]}' is refused: models come from the models directory alone."
+            )
 
 
 def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:

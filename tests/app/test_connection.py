@@ -40,6 +40,14 @@ def chunked(body: bytes, trailers: bytes = b"", headers: bytes = b"") -> bytes:
     return head + pieces + b"0\r\n" + trailers + b"\r\n"
 
 
+def infer(image: bytes, *headers: str) -> bytes:
+    asked = [{"name": "probabilities", "parameters": {"classification": 1}}]
+    document = {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES"}], "outputs": asked}
+    head = json.dumps(document).encode()
+    length = f"Inference-Header-Content-Length: {len(head)}"
+    return request(head + image, "/v2/models/colours/infer", length, *headers)
+
+
 class Answer:
     """One answer, as read from the wire."""
 
@@ -56,6 +64,8 @@ class Answer:
         told = json.loads(self.body)
         if "results" in told:
             return f"{told['model']}: {told['results'][0]['top'][0]['label']}"
+        if "outputs" in told:
+            return f"{told['model_name']}: {told['outputs'][0]['data'][0].rpartition(':')[2]}"
         return told.get("code", self.body.decode())
 
 
@@ -164,6 +174,9 @@ FORMS = {
     "not-an-image": (request(b"no image"), "bad_image", False),
     "timeout-ms": (request(RED, "/predict", "Timeout-Ms: soon"), "bad_request", False),
     "broken-form": (request(RED, "/predict", "Content-Type: multipart/form-data; boundary=b"), "bad_request", False),
+    "infer": (infer(RED), "colours: red", False),
+    "infer-no-image": (infer(b"no image"), "bad_image", False),
+    "infer-and-close": (infer(RED, CLOSES), "colours: red", True),
     "http-1.0": (request(RED, version="1.0"), "colours: red", True),
     "close": (request(RED, "/predict", CLOSES), "colours: red", True),
     "refused-and-close": (request(b"no image", "/predict", CLOSES), "bad_image", True),

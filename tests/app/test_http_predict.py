@@ -69,6 +69,11 @@ def test_top_k(server):
     assert sum(entry["probability"] for entry in everything) == pytest.approx(1, abs=1e-5)
 
 
+def test_other_parameters_may_be_anything(server):
+    response = post(server, "/predict?%C3%98%F1%92%AC=%C2%8B&%FF&&=&top_k=2&a=%00", content=plain_image("red"))
+    assert len(response.json()["results"][0]["top"]) == 2
+
+
 def test_headers_tell_where_the_answer_comes_from(server):
     response = post(server, content=plain_image("red"), headers={"X-Request-Id": "abc-123"})
     assert response.headers["x-request-id"] == "abc-123"
@@ -197,6 +202,7 @@ BAD_REQUESTS = [
     ("json with a bad image", as_json(GOOD, b"x"), 422, "bad_image", "images[1]"),
     ("top_k=0", {"content": GOOD, "params": {"top_k": "0"}}, 400, "bad_request", "top_k"),
     ("top_k=-1", {"content": GOOD, "params": {"top_k": "-1"}}, 400, "bad_request", "top_k"),
+    ("top_k in other digits", {"content": GOOD, "params": {"top_k": "²"}}, 400, "bad_request", "top_k"),
     ("top_k=many", {"content": GOOD, "params": {"top_k": "many"}}, 400, "bad_request", "top_k"),
     ("top_k beyond the classes", {"content": GOOD, "params": {"top_k": "7"}}, 400, "bad_request", "6 classes"),
     ("bad timeout", {"content": GOOD, "headers": {"Timeout-Ms": "soon"}}, 400, "bad_request", "Timeout-Ms"),

@@ -53,6 +53,32 @@ def test_what_another_process_counts_is_in_the_sum(shared):
     assert own[1].pid == 4242
 
 
+def test_what_is_hidden_is_summed_up_for_prometheus_and_told_apart_for_statistics(shared):
+    own = open_shared(shared)
+    metrics = Metrics(own[0], own)
+    for version, seconds in (("1", 0.25), ("2", 0.5), ("2", 1.0)):
+        metrics.for_model("m", version).infer.observe(seconds)
+    assert samples(metrics)['convoy_stage_duration_seconds_sum{model="m",stage="infer"}'] == 1.75
+    sums = metrics.sums("convoy_stage_duration_seconds")["convoy_stage_duration_seconds"]
+    assert (sums["m", "infer", "1"][-1], sums["m", "infer", "2"][-1]) == (0.25, 1.5)
+
+
+def test_runs_are_counted_by_their_rows_and_the_last_one_is_the_latest_of_all(shared):
+    first, second = (Metrics(page) for page in open_shared(shared)[:2])
+    for metrics, rows, moment in ((first, 3, 100.0), (first, 17, 101.0), (first, 5000, 300.0), (second, 3, 200.0)):
+        metrics.for_model("m", "1").ran(rows, 0.5)
+        metrics.last_inference.labels("m", "1").set(moment)
+    shown = samples(Metrics(pages=open_shared(shared)))
+    runs = {key: value for key, value in shown.items() if key.startswith("convoy_batches_total")}
+    assert runs == {
+        'convoy_batches_total{model="m",rows="3",version="1"}': 2,
+        'convoy_batches_total{model="m",rows="20",version="1"}': 1,
+        'convoy_batches_total{model="m",rows="1024",version="1"}': 1,
+    }
+    assert shown['convoy_batch_seconds_total{model="m",rows="3",version="1"}'] == 1.0
+    assert shown['convoy_last_inference_timestamp_seconds{model="m",version="1"}'] == 300.0
+
+
 def test_the_next_writer_goes_on_counting_and_forgets_the_gauges(shared):
     first = Metrics(open_shared(shared)[0])
     first.page.take_over(1)

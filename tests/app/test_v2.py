@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from app.keys import Access, make_key
 from app.v2.inference import urgency_of
 from tests.bundles import COLOURS, make_bundle, noise_image, plain_image
 from tests.servers import convoy
@@ -123,6 +124,50 @@ def test_the_index_of_the_repository(v2):
     assert {"name": "colours", "version": "1", "state": "READY", "reason": ""} in index
     assert len(index) == 4
     assert v2.client.post("/v2/repository/index", json={"ready": True}).json() == index
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{", b'{"ready": 1}', b'{"ready": "yes"}', b'{"a":' * 9000, b" " * 70_000 + b"{}"]
+)
+def test_an_index_is_asked_for_in_json(v2, body):
+    status, _ = error_of(v2.client.post("/v2/repository/index", content=body))
+    assert status == (413 if len(body) > 65_536 else 400)
+
+
+def test_an_index_may_come_with_any_content_type(v2):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert len(v2.client.post("/v2/repository/index", content=b'{"ready": true}', headers=headers).json()) == 4
+
+
+def test_load_and_unload_with_an_administrators_key(tmp_path):
+    make_bundle(tmp_path / "models", "colours")
+    make_bundle(tmp_path / "models", "other")
+    key, line = make_key("operator", frozenset(Access))
+    (tmp_path / "keys.txt").write_text(f"{line}\n")
+    with convoy(tmp_path / "models", tmp_path / "log", loaded=False, keys=tmp_path / "keys.txt") as server:
+        load, unload = (f"/v2/repository/models/other/{verb}" for verb in ("load", "unload"))
+        assert error_of(server.client.post(unload))[0] == 401
+        server.client.headers["X-API-Key"] = key
+        server.wait_until_loaded()
+        assert server.client.post(unload, json={"parameters": {"unload_dependents": False}}).json() == {
+            "name": "other",
+            "unload": True,
+        }
+        assert error_of(server.client.get("/v2/models/other"))[0] == 503
+        index = {entry["name"]: entry["state"] for entry in server.client.post("/v2/repository/index").json()}
+        assert index == {"colours": "READY", "other": "UNAVAILABLE"}
+        for foreign in ({"config": "{}"}, {"file:1/model.onnx": "AAAA"}):
+            status, sentence = error_of(server.client.post(load, json={"parameters": foreign}))
+            assert (status, "models directory alone" in sentence) == (400, True)
+        make_bundle(tmp_path / "models", "other", "2")
+        assert server.client.post(load).json() == {"name": "other", "load": True}
+        versions = server.client.get("/v2/models/other").json()["versions"]
+        assert "2" in versions
+        assert server.client.get("/v2/models/other/versions/2/ready").json()["ready"] is True
+        found = server.client.get("/v2/models/other/stats").json()["model_stats"]
+        assert [entry["version"] for entry in found] == versions
+        status, _ = error_of(server.client.post("/v2/repository/models/none/load"))
+        assert status == 404
 
 
 def test_a_model_that_failed_is_in_the_index_and_not_ready(tmp_path):
