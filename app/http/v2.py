@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Depends, Header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -304,10 +304,13 @@ async def _small_document(request: Request) -> dict[str, Any]:
         BodyTooLargeError: it is no small one.
     """
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_DOCUMENT_BYTES:
-            raise too_large(MAX_DOCUMENT_BYTES)
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_DOCUMENT_BYTES:
+                raise too_large(MAX_DOCUMENT_BYTES)
+    except ClientDisconnect:
+        raise BadRequestError("The body ended before it was complete.") from None
     return json_object(body) if body.strip() else {}
 
 

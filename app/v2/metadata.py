@@ -102,17 +102,14 @@ def statistics(models: Iterable[LoadedModel], metrics: Metrics) -> dict[str, Any
     Success and failure count every answered request that asked for an inference, whatever its protocol; the phases
     are those of `convoy_stage_duration_seconds`, `compute_input` being the decoding of images.
     """
-    sums = {
-        name: metrics.sums(name)
-        for name in (
-            metrics.images.name,
-            metrics.request_duration.name,
-            metrics.stage_duration.name,
-            metrics.batches.name,
-            metrics.batch_seconds.name,
-            metrics.last_inference.name,
-        )
-    }
+    sums = metrics.sums(
+        metrics.images.name,
+        metrics.request_duration.name,
+        metrics.stage_duration.name,
+        metrics.batches.name,
+        metrics.batch_seconds.name,
+        metrics.last_inference.name,
+    )
     return {"model_stats": [_model_statistics(model.name, model.version, metrics, sums) for model in models]}
 
 
@@ -136,13 +133,9 @@ def repository_index(repository: Repository, *, ready_only: bool = False) -> lis
 
 def served(repository: Repository, name: str | None = None) -> list[LoadedModel]:
     """Return what takes work: every version of one model, or of all, the oldest first."""
-    entries = repository.entries.values() if name is None else filter(None, [repository.entries.get(name)])
-    return [
-        version.model
-        for entry in entries
-        for _, version in sorted(entry.versions.items(), key=lambda item: int(item[0] or 0))
-        if version.model is not None
-    ]
+    entries = [entry for entry in repository.entries.values() if name in (None, entry.name)]
+    versions = [version for entry in entries for version in reversed(list(entry.versions.values()))]
+    return [version.model for version in versions if version.model is not None]
 
 
 def refuse_foreign(parameters: Iterable[str]) -> None:
