@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any, Protocol, cast
 
 from app.admission import Ticket
-from app.engine import Engine, GiveUp, Prediction
+from app.engine import GiveUp, Prediction, Tell
 from app.errors import AbandonedError, ConvoyError, UnavailableError
 from app.http.connection import WholeRequest
 from app.http.errors import answer_to
@@ -25,6 +25,14 @@ class Form(Protocol):
 
     def fill(self, prediction: Prediction, k: int, request_id: str) -> tuple[bytes, bytes]:
         """Return the headers, lines that end in CRLF, and the body of an answer."""
+        ...
+
+
+class Starter(Protocol):
+    """Has a request run: the engine, or who knows more of the request."""
+
+    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+        """See `Engine.begin`."""
         ...
 
 
@@ -45,7 +53,7 @@ class TasklessPrediction:
         self._k = k
         self._give_up: GiveUp | None = None
 
-    def begin(self, engine: Engine, model: LoadedModel) -> bool:
+    def begin(self, engine: Starter, model: LoadedModel) -> bool:
         """Decode the image and put it in line; False: that cannot be done here, and nothing is held."""
         request, ticket = self._request, self._ticket
         ticket.open(self._leave)
