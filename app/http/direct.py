@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,7 +18,10 @@ from app.loading import LoadedModel
 
 Answer = Callable[[Scope, Receive, Connection], Awaitable[None]]
 """Reads a request and answers it."""
-Way = Callable[[str], tuple[str, Any] | None]
+Asked = tuple[str | None, str | None]
+"""A model's name and version; None: the default model, the active version."""
+DEFAULT: Asked = (None, None)
+Way = Callable[[str], tuple[str, Asked] | None]
 """Path → its route, and what the path asks for; None: it is another's."""
 
 

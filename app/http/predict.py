@@ -1,13 +1,12 @@
 """`POST /predict` and its siblings: images in, labels and probabilities out.
 
-The hot path, so it goes the direct way, and one small image without a task. The routes are FastAPI's all the same, for the
-OpenAPI document and for wrong methods.
+The hot path, so it goes the direct way, and one small image without a task. The routes are FastAPI's all the same,
+for the OpenAPI document and for wrong methods.
 """
 
 import json
 import re
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -18,15 +17,14 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
-from app.batcher import DEFAULT_URGENCY
 from app.engine import INLINE_BYTES, Engine, Prediction
 from app.errors import BadRequestError
 from app.http.bodies import RAW_TYPES, BodyLimits, Head, read_images
 from app.http.connection import Connection, RequestHead, WholeRequest
-from app.http.direct import Direct, admitted
+from app.http.direct import DEFAULT, Asked, Direct, admitted
 from app.http.observe import Record, Trace, trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
-from app.http.taskless import TasklessPrediction
+from app.http.taskless import Plan, TasklessPrediction
 from app.loading import LoadedModel
 from app.scores import JsonWriter
 
@@ -37,9 +35,6 @@ VERSION_ROUTE = "/models/{model}/versions/{version}/predict"
 _WAY = re.compile(r"/models/([^/]+)(?:/versions/([^/]+))?/predict")
 
 _COUNT = re.compile(r"[0-9]{1,9}")
-Asked = tuple[str | None, str | None]
-"""A model's name and version; None: the default model, the active version."""
-DEFAULT: Asked = (None, None)
 TopK = Annotated[int, Query(ge=1, description="How many classes to return, best first; at most the number there is.")]
 TimeoutMs = Annotated[
     int | None,
@@ -94,7 +89,7 @@ class Predictor:
         head = request.head
         if head.plan is None:
             head.plan = _plan_for(head, self._limits)
-        plan: _Plan = head.plan
+        plan: Plan = head.plan
         if not plan.is_taskless:
             return False
         model = self._engine.model(*plan.asked)
@@ -126,27 +121,16 @@ class Predictor:
         return self._forms.get(model) or self._forms.setdefault(model, _Form(model))
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the head of a request says about its prediction; `is_taskless`: its body is one small image."""
-
-    is_taskless: bool
-    route: str = ""
-    asked: Asked = DEFAULT
-    timeout_ms: int | None = None
-    urgency: int = DEFAULT_URGENCY
-
-
-def _plan_for(request: RequestHead, limits: BodyLimits) -> _Plan:
+def _plan_for(request: RequestHead, limits: BodyLimits) -> Plan:
     way = way_of(request.path)
     try:
         head = Head.of(request.headers)
     except BadRequestError:
-        return _Plan(is_taskless=False)
+        return Plan(is_taskless=False)
     is_image = head.content_type in RAW_TYPES and head.content_encoding == "identity"
     if way is None or not is_image or not 0 < request.body_bytes <= min(limits.max_body_bytes, INLINE_BYTES):
-        return _Plan(is_taskless=False)
-    return _Plan(True, *way, head.timeout_ms, head.urgency)
+        return Plan(is_taskless=False)
+    return Plan(True, *way, head.timeout_ms, head.urgency)
 
 
 class _Form:
