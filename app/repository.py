@@ -5,6 +5,7 @@ missing beside the running service, switches in one step, and lets the old versi
 that fails changes nothing. Everybody else only looks things up. Knows nothing of requests, nor of other processes.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -24,7 +25,7 @@ from app.versions import THE_LATEST, Folder, Selection, Stamp, read_folder, stam
 
 log = logging.getLogger(__name__)
 
-RETIRING_STEP_S = 0.02
+RETIRING_STEP_S, GARBAGE_S = 0.02, 5.0
 SHOWN_RETIRED = 5
 """Versions of a model that are gone, and whose numbers are still shown: Prometheus should see their last ones."""
 
@@ -478,9 +479,12 @@ class Repository:
 
     def _end(self, model: weakref.ref[LoadedModel], batcher: Batcher) -> None:
         """Wait until no request holds a model, and stop its sessions."""
-        until = time.monotonic() + self._patience_s
-        while model() is not None and time.monotonic() < until:
+        began, is_collected = time.monotonic(), False
+        while model() is not None and time.monotonic() < began + self._patience_s:
             time.sleep(RETIRING_STEP_S)
+            if not is_collected and time.monotonic() > began + GARBAGE_S:
+                gc.collect()  # a fault and its traceback may hold each other, and the model
+                is_collected = True
         batcher.close()
         self._on_retired()
 
