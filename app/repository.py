@@ -5,6 +5,7 @@ missing beside the running service, switches in one step, and lets the old versi
 that fails changes nothing. Everybody else only looks things up. Knows nothing of requests, nor of other processes.
 """
 
+import ctypes
 import gc
 import logging
 import threading
@@ -12,6 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -486,6 +488,7 @@ class Repository:
                 gc.collect()  # a fault and its traceback may hold each other, and the model
                 is_collected = True
         batcher.close()
+        _return_memory()
         self._on_retired()
 
     def _end_retirements(self, *, wait: bool) -> None:
@@ -545,6 +548,12 @@ class Repository:
 
     def _known(self) -> str:
         return ", ".join(sorted(self.entries)) or "none"
+
+
+def _return_memory() -> None:
+    """Have the C library give freed memory back to the system, which it else keeps, in pieces (glibc only)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _unavailable(what: str, state: State, reason: str) -> UnavailableError:

@@ -455,3 +455,40 @@ def test_swaps_leave_no_threads_descriptors_or_series_behind(models):
         for version in range(11, 15):
             late = swap(version)
         assert late == early
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ("latest", {"4": "failed", "3": "ready", "2": "unloaded", "1": "unloaded"}),
+        ("latest:2", {"4": "failed", "3": "ready", "2": "ready", "1": "unloaded"}),
+        ("all", {"4": "failed", "3": "ready", "2": "ready", "1": "ready"}),
+    ],
+)
+def test_a_version_that_fails_makes_room_for_the_next_older_one(models, versions, expected):
+    for version in ("2", "3", "4"):
+        make_version(models, version)
+    test_lifecycle.alter_model(models / "colours/4")
+    with operated(models, versions=versions) as server:
+        assert states(server) == expected
+        assert answer_of(server.client) == "3"
+        assert server.client.post("/models/colours/versions/4/predict", content=RED).json()["code"] == "model_failed"
+        assert "Version 4 is not served" in server.client.get("/models/colours").json()["reason"]
+        make_version(models, "4")
+        ask(server, "/models/colours/load")
+        assert answer_of(server.client) == "4"
+        served = [version for version, state in states(server).items() if state == "ready"]
+        assert served == {"latest": ["4"], "latest:2": ["4", "3"], "all": ["4", "3", "2", "1"]}[versions]
+
+
+def test_a_broken_policy_at_the_start_serves_nothing_that_nobody_meant(models):
+    make_version(models, "2")
+    policy = models / "colours/versions.toml"
+    policy.write_text("active = 1\n")
+    with operated(models) as server:
+        refusal = server.client.post(PREDICT, content=RED)
+        assert (refusal.status_code, refusal.json()["code"]) == (503, "model_failed")
+        assert "versions.toml: active: input should be a valid string." in refusal.json()["error"]
+        policy.write_text("active = '1'\n")
+        assert ask(server, "/models/colours/load")["reason"] == ""
+        assert answer_of(server.client) == "1"
