@@ -17,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from app.pages import NO_VALUE, Page, private_page
+from app.pages import NO_VALUE, Page, Series, private_page
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_1_0_0
 
@@ -321,17 +321,30 @@ class Metrics:
         return ModelMetrics(self, model, version)
 
     def forget(self, model: str, version: str) -> None:
-        """Show nothing of a version any more, and give its place to others; nobody may count there from now on."""
+        """Show nothing of a version any more, and give its place to others; nobody may count there from now on.
+
+        Where the version is a hidden label its numbers stay in the sums, under no version: what is shown never falls.
+        """
         gone = []
         for series in self.page.series():
             family = self.families.get(series.name)
             if family is None or len(family.label_names) != len(series.labels):
                 continue
             labels = dict(zip(family.label_names, series.labels, strict=True))
-            if (labels.get("model"), labels.get("version")) == (model, version):
-                family.forget(series.labels)
-                gone.append(series)
+            if (labels.get("model"), labels.get("version")) != (model, version):
+                continue
+            if "version" in family.label_names[family.shown :] and not series.gauge:
+                self._keep_in_sums(family, series)
+            family.forget(series.labels)
+            gone.append(series)
         self.page.forget(gone)
+
+    def _keep_in_sums(self, family: AnyFamily, series: Series) -> None:
+        hidden = [""] * (len(series.labels) - family.shown)
+        kept = self.page.place(series.name, (*series.labels[: family.shown], *hidden), series.width)
+        for offset in range(series.width):
+            self.page.slots[kept + offset] += self.page.slots[series.first + offset]
+            self.page.slots[series.first + offset] = 0
 
     def render(self) -> bytes:
         """Return the Prometheus text exposition of every series, summed over all pages."""

@@ -53,6 +53,8 @@ class Operations:
         self._faults: dict[str, tuple[int, str]] = {}
         self._watcher: Watcher | None = None
         self._watched_at = 0.0
+        self._seen: dict[str, int] = {}
+        """Changes that nobody may have asked for yet: by model, the generation in which this worker saw them."""
         self._wake = threading.Event()
         self._stopping = threading.Event()
         repository.call_when_retired(self._wake.set)
@@ -239,10 +241,15 @@ class Operations:
         except OSError as error:
             log.error("models directory cannot be read", extra={"reason": str(error)})
             return
+        notes = self._board.read()
+        self._seen |= dict.fromkeys(changed, notes.generation)
+        # What another worker has asked for since is done with; the rest is this one's, if the one before it dies.
+        self._seen = {name: since for name, since in self._seen.items() if notes.asked.get(name, 0) <= since}
         others = [page.number for page in self._pages if page.pid and page.state is WriterState.READY]
-        if changed and self._page.number <= min(others, default=self._page.number):
-            log.info("models directory has changed", extra={"models": changed})
-            self._board.ask(changed)
+        if self._seen and self._page.number <= min(others, default=self._page.number):
+            log.info("models directory has changed", extra={"models": [*self._seen]})
+            self._board.ask([*self._seen])
+            self._seen = {}
 
     def _catch_up(self) -> None:
         """Do what the board asks for, if it is more than was done."""

@@ -5,6 +5,7 @@ missing beside the running service, switches in one step, and lets the old versi
 that fails changes nothing. Everybody else only looks things up. Knows nothing of requests, nor of other processes.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -24,7 +25,7 @@ from app.versions import THE_LATEST, Folder, Selection, Stamp, read_folder, stam
 
 log = logging.getLogger(__name__)
 
-RETIRING_STEP_S = 0.02
+RETIRING_STEP_S, GARBAGE_S = 0.02, 5.0
 SHOWN_RETIRED = 5
 """Versions of a model that are gone, and whose numbers are still shown: Prometheus should see their last ones."""
 
@@ -307,11 +308,14 @@ class Repository:
             return {}
         entry = entry or Entry(name, folder.path)
         self.entries = {**self.entries, name: entry}
-        if folder.fault and entry.model is not None:
+        if folder.fault and any(version.model is not None for version in entry.versions.values()):
             entry.fault = folder.fault
             log.error("nothing is changed", extra={"model": name, "reason": folder.fault})
             return {"": folder.fault}
         change = _Change(entry, folder, wish, refused or {}, starting)
+        for number in entry.versions.keys() - change.versions.keys():
+            self._hide(entry.versions[number])
+            self._count_gone(name, number)
         entry.versions = change.versions
         entry.changing = True
         try:
@@ -347,6 +351,8 @@ class Repository:
             )
         if "" in change.faults:
             log.error("model failed", extra={"model": folder.name, "reason": change.faults[""]})
+            change.decide([])
+            return
         if not wish.off:
             selection = folder.policy.selection(self._selection)
             candidates = selection.candidates(folder.versions)
@@ -436,14 +442,16 @@ class Repository:
                 version.state, version.reason = State.UNLOADED, ""
         entry.active, entry.aliases, entry.off = change.active, change.aliases, change.wish.off
         entry.fault = _told(change)
-        if "" in change.faults and not any(version.model for version in change.versions.values()):
-            nothing = Version(entry.name, "", entry.path, State.FAILED, change.faults[""])
-            entry.versions, entry.active = {"": nothing}, ""
-            self._show(nothing)
+        if "" in change.faults:
+            entry.versions = {
+                "": Version(entry.name, "", entry.path, State.FAILED, change.faults[""]),
+                **entry.versions,
+            }
+            entry.active = ""
         if not change.folder.path.is_dir():
             self.entries = {name: other for name, other in self.entries.items() if other is not entry}
         self._served = self._look_up_table()
-        for version in change.versions.values():
+        for version in entry.versions.values():
             self._show(version)
         while replaced:
             self._retire(entry.name, replaced)
@@ -471,9 +479,12 @@ class Repository:
 
     def _end(self, model: weakref.ref[LoadedModel], batcher: Batcher) -> None:
         """Wait until no request holds a model, and stop its sessions."""
-        until = time.monotonic() + self._patience_s
-        while model() is not None and time.monotonic() < until:
+        began, is_collected = time.monotonic(), False
+        while model() is not None and time.monotonic() < began + self._patience_s:
             time.sleep(RETIRING_STEP_S)
+            if not is_collected and time.monotonic() > began + GARBAGE_S:
+                gc.collect()  # a fault and its traceback may hold each other, and the model
+                is_collected = True
         batcher.close()
         self._on_retired()
 
@@ -488,7 +499,7 @@ class Repository:
                 self._forget(retirement.name, retirement.version)
 
     def _forget(self, name: str, number: str) -> None:
-        """Take a version that has ended off the lists, and after a while its numbers from the page."""
+        """Take a version that has ended off the lists."""
         log.info("model unloaded", extra={"model": name, "version": number})
         entry = self.entries.get(name)
         version = entry.versions.get(number) if entry else None
@@ -496,12 +507,17 @@ class Repository:
             version.state = State.UNLOADED
             if not version.directory.is_dir():
                 entry.versions = {key: other for key, other in entry.versions.items() if other is not version}
+        self._count_gone(name, number)
+
+    def _count_gone(self, name: str, number: str) -> None:
+        """Show the numbers of a version that is gone for a while yet."""
         gone = self._gone.setdefault(name, deque())
         if number not in gone:
             gone.append(number)
         if len(gone) > SHOWN_RETIRED:
             oldest = gone.popleft()
-            if (name, oldest) not in self._served:
+            entry = self.entries.get(name)
+            if entry is None or oldest not in entry.versions or not entry.versions[oldest].shown:
                 self._metrics.forget(name, oldest)
 
     def _enter(self, version: Version, state: State, reason: str = "") -> None:
@@ -510,16 +526,18 @@ class Repository:
 
     def _show(self, version: Version) -> None:
         """Leave just one `convoy_model_info` series for a version: that of its present state; none when unloaded."""
-        info = self._metrics.model_info
-        if version.shown:
-            info.remove(*version.shown)
-            version.shown = ()
+        self._hide(version)
         if version.state in (State.UNLOADING, State.UNLOADED):
             return
         digest = version.model.digest if version.model else ""
         provider = version.model.provider if version.model else ""
         version.shown = (version.name, version.version, digest, provider, version.state.value)
-        info.labels(*version.shown).set(1)
+        self._metrics.model_info.labels(*version.shown).set(1)
+
+    def _hide(self, version: Version) -> None:
+        if version.shown:
+            self._metrics.model_info.remove(*version.shown)
+            version.shown = ()
 
     def _versions(self) -> Iterator[Version]:
         for entry in self.entries.values():

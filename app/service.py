@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import threading
@@ -197,6 +198,8 @@ class Service:
         self.operations.run()
 
     def _grpc_front(self) -> "Front":
+        # Its core writes lines of its own between those of the log: of each failed handshake one.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         try:
             from app.grpc.server import create_front
         except ModuleNotFoundError as error:

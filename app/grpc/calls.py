@@ -82,6 +82,7 @@ class Call:
 
 
 Method = Callable[[Any, Call], Awaitable[Answer]]
+Parse = Callable[[bytes], Message]
 Entry = Callable[[Context, str], str]
 """Lets a call of a route in, and returns the name of its key, or raises a fault."""
 
@@ -108,8 +109,15 @@ class Calls:
         self.cutting_off = False
         """Whether a call that is cancelled from now on ends because the service does."""
 
-    def unary(self, route: str, method: Method[Answer], message: type[Message], *, quiet: bool = False) -> Any:
-        """Return the handler of a method that takes one request; `quiet`: without a log line."""
+    def unary(self, route: str, method: Method[Answer], parse: Parse, *, quiet: bool = False) -> Any:
+        """Return the handler of a method that takes one request.
+
+        Args:
+            route: the method's full name.
+            method: answers the request.
+            parse: makes the request of its bytes.
+            quiet: without a log line.
+        """
 
         async def serve(data: bytes, context: Context) -> Answer:
             call = _begin(context, route)
@@ -117,7 +125,7 @@ class Calls:
             self.inside += 1
             try:
                 call.key = self._enter(context, route)
-                answer = await method(_parse(message, data), call)
+                answer = await method(_parsed(parse, data), call)
                 await self._may_answer.wait()
                 context.set_trailing_metadata((("x-request-id", call.request_id),))
                 call.status = 200
@@ -130,6 +138,7 @@ class Calls:
             finally:
                 self.inside -= 1
                 self._record(call, quiet)
+            del data  # the abort, which gRPC keeps with the call, holds this frame
             return await _abort(context, call, fault)
 
         return grpc.unary_unary_rpc_method_handler(serve, None, message_to_bytes)
@@ -138,7 +147,7 @@ class Calls:
         self,
         route: str,
         method: Method[Answer],
-        message: type[Message],
+        parse: Parse,
         refusal: Callable[[Any, ConvoyError], Answer],
     ) -> Any:
         """Return the handler of a method that answers each request of a stream, in their order.
@@ -146,7 +155,7 @@ class Calls:
         Args:
             route: the method's full name.
             method: answers one request.
-            message: what the requests are.
+            parse: makes a request of its bytes.
             refusal: makes the response to a request out of its fault; the stream goes on after it. A client that sends
                 the metadata `triton_grpc_error: true` wants the stream to end with the fault's status instead.
         """
@@ -157,7 +166,7 @@ class Calls:
             request = None
             try:
                 call.key = self._enter(context, route)
-                request = _parse(message, data)
+                request = _parsed(parse, data)
                 answer = await method(request, call)
                 call.status = 200
                 return answer
@@ -169,7 +178,9 @@ class Calls:
             finally:
                 self.inside -= 1
                 self._record(call, quiet=False)
+            del data
             if strict:
+                request = None
                 await _abort(context, call, fault)
             return refusal(request, fault)
 
@@ -223,7 +234,9 @@ class Calls:
             log.exception("request failed", exc_info=error, extra={"request_id": call.request_id})
             fault = ConvoyError("Something broke inside; the log has it under this request's id.")
         call.code, call.status = fault.code, fault.status
-        return fault
+        # Its traceback holds the frames that it went through, and they hold the request: a ring, once a frame holds it,
+        # that only the garbage collector opens, which here comes seldom.
+        return fault.with_traceback(None)
 
     def _record(self, call: Call, quiet: bool) -> None:
         seconds = time.monotonic() - call.started
@@ -305,11 +318,11 @@ def _request_id(context: Context) -> str:
     return f"{_ID_START}{next(_ids):012x}"
 
 
-def _parse(message: type[Message], data: bytes) -> Message:
+def _parsed(parse: Parse, data: bytes) -> Message:
     try:
-        return message.FromString(data)
+        return parse(data)
     except DecodeError:
-        raise BadRequestError(f"The message of {len(data):,} bytes is no {message.DESCRIPTOR.full_name}.") from None
+        raise BadRequestError(f"The {len(data):,} bytes of the message are not what this method takes.") from None
 
 
 async def _abort(context: Context, call: Call, fault: ConvoyError) -> NoReturn:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.json_format import ParseDict
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from app.errors import BadRequestError, TooLargeError
 from app.grpc import inference_pb2 as pb
@@ -12,16 +12,32 @@ from app.v2.inference import InferRequest, InferResponse, InputTensor, WantedOut
 from app.v2.tensors import to_bytes
 
 Answer = TypeVar("Answer", bound=Message)
+_Nested = dict[int, Any]
 
 EMPTY_FINAL_RESPONSE = "triton_enable_empty_final_response"
 """Set by Triton's client on each request of a stream that asks for it; here every response is the final one."""
 FINAL_RESPONSE = "triton_final_response"
 
+SMALL_MESSAGE = 256 * 1024
+MAX_FIELDS = 20_000
+"""Fields of a large message, those of its inputs among them; a list of numbers is one, a string or an image is one."""
 MAX_PARTS = 1000
 """Inputs, outputs or parameters of one request."""
 MAX_TYPED_ELEMENTS = 4_000_000
 TYPED_ELEMENT_BYTES = 40
 """An element of `contents` as a Python object in a list; raw contents cost their own bytes."""
+
+_CONTENTS: _Nested = dict.fromkeys(range(1, 6), MAX_TYPED_ELEMENTS) | {
+    6: MAX_TYPED_ELEMENTS * 4,
+    7: MAX_TYPED_ELEMENTS * 8,
+}
+_INPUT: _Nested = {5: _CONTENTS}
+_REQUEST: _Nested = {5: _INPUT}
+"""By number of field: the message that is in it, or how many bytes its list of numbers may have."""
+
+_VARINT, _LENGTH_DELIMITED = 0, 2
+_FIXED = {1: 8, 5: 4}
+"""Wire types of protobuf; a fixed one's bytes."""
 
 _LISTS = {
     "BOOL": "bool_contents",
@@ -40,6 +56,20 @@ _LISTS = {
 """Datatype → the list of `InferTensorContents` that its elements are in."""
 
 
+def parse_inference(data: bytes) -> pb.ModelInferRequest:
+    """Parse a request for inference; a large one only after a look at how many parts it is made of.
+
+    A message of 20 MB may hold ten million parts, which take half a gigabyte and a second of the event loop to parse.
+
+    Raises:
+        TooLargeError: it has more parts, or more typed elements, than one request may have.
+        DecodeError: it is no message.
+    """
+    if len(data) > SMALL_MESSAGE:
+        _count_parts(memoryview(data), _REQUEST, MAX_FIELDS)
+    return pb.ModelInferRequest.FromString(data)
+
+
 def cost_of(message: pb.ModelInferRequest) -> int:
     """Return how many bytes a request takes while it is inside: its message, and typed elements as objects beside it.
 
@@ -52,11 +82,7 @@ def cost_of(message: pb.ModelInferRequest) -> int:
             raise BadRequestError(f"The request has {len(parts):,} {name}; at most {MAX_PARTS:,} are taken.")
     elements = sum(len(values) for tensor in message.inputs for _, values in tensor.contents.ListFields())
     if elements > MAX_TYPED_ELEMENTS:
-        raise TooLargeError(
-            f"The request holds {elements:,} values in contents, more than {MAX_TYPED_ELEMENTS:,}: "
-            "send tensors as raw_input_contents.",
-            code="too_many_values",
-        )
+        raise _too_many_values()
     return message.ByteSize() + elements * TYPED_ELEMENT_BYTES
 
 
@@ -129,7 +155,8 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Sequence[Any]:
             raise BadRequestError(
                 f"Input '{name}' has elements in {descriptor.name}; those of {tensor.datatype} belong in {wanted}."
             )
-    return list(filled_lists[0][1])
+    values: Sequence[Any] = filled_lists[0][1]
+    return values
 
 
 def _parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
@@ -140,3 +167,50 @@ def _parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
         if choice is not None:
             named[name] = getattr(parameter, choice)
     return named
+
+
+def _count_parts(data: memoryview, nested: _Nested, left: int) -> int:
+    """Walk over a message's fields, and those of the messages in it; returns how many more there may be."""
+    at, size = 0, len(data)
+    while at < size:
+        left -= 1
+        if left < 0:
+            raise _too_many_values()
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == _LENGTH_DELIMITED:
+            length, at = _varint(data, at)
+            inside = nested.get(tag >> 3)
+            if isinstance(inside, dict):
+                left = _count_parts(data[at : at + length], inside, left)
+            elif inside is not None and length > inside:
+                raise _too_many_values()
+            at += length
+        elif kind == _VARINT:
+            _, at = _varint(data, at)
+        elif kind in _FIXED:
+            at += _FIXED[kind]
+        else:
+            raise DecodeError
+    return left
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the number that begins at a place, and where it ends."""
+    value = shift = 0
+    while at < len(data) and shift < 64:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise DecodeError
+
+
+def _too_many_values() -> TooLargeError:
+    return TooLargeError(
+        f"The message has more than {MAX_FIELDS:,} parts, or than {MAX_TYPED_ELEMENTS:,} values in a list: "
+        "send tensors as raw_input_contents.",
+        code="too_many_values",
+    )

@@ -4,17 +4,18 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
 from app.admission import Ticket
 from app.engine import Engine
-from app.errors import ConvoyError, NotOfferedError, UnavailableError, UnknownModelError
+from app.errors import ConvoyError, UnavailableError, UnknownModelError
 from app.grpc import inference_pb2 as pb
 from app.grpc.calls import Call, Calls, Context
-from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, request_of, response_of
+from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, parse_inference, request_of, response_of
 from app.metrics import Metrics
+from app.operations import Operations
 from app.repository import Repository
 from app.v2 import metadata
 from app.v2.inference import infer
@@ -42,18 +43,6 @@ class CallLimits:
     timeout_ms: int
 
 
-class Operations(Protocol):
-    """Loading and unloading, in every process of the service."""
-
-    async def load(self, name: str, version: str | None = None) -> object:
-        """Look at a model's folder again, and serve what it says."""
-        ...
-
-    async def unload(self, name: str, version: str | None = None) -> object:
-        """Serve a model no longer."""
-        ...
-
-
 class Methods(grpc.GenericRpcHandler):
     """The service, over an engine and a repository."""
 
@@ -65,7 +54,7 @@ class Methods(grpc.GenericRpcHandler):
         calls: Calls,
         limits: CallLimits,
         why_not_ready: Callable[[], str],
-        operations: Operations | None,
+        operations: Operations,
     ) -> None:
         self._engine = engine
         self._repository = repository
@@ -76,24 +65,24 @@ class Methods(grpc.GenericRpcHandler):
         self._operations = operations
         quiet = {"quiet": True}
         offered: list[tuple[str, Any, Any, dict[str, bool]]] = [
-            ("ServerLive", self._server_live, pb.ServerLiveRequest, quiet),
-            ("ServerReady", self._server_ready, pb.ServerReadyRequest, quiet),
-            ("ModelReady", self._model_ready, pb.ModelReadyRequest, quiet),
-            ("ServerMetadata", self._server_metadata, pb.ServerMetadataRequest, {}),
-            ("ModelMetadata", self._model_metadata, pb.ModelMetadataRequest, {}),
-            ("ModelConfig", self._model_config, pb.ModelConfigRequest, {}),
-            ("ModelStatistics", self._model_statistics, pb.ModelStatisticsRequest, {}),
-            ("ModelInfer", self._model_infer, pb.ModelInferRequest, {}),
-            ("RepositoryIndex", self._repository_index, pb.RepositoryIndexRequest, {}),
-            ("RepositoryModelLoad", self._load, pb.RepositoryModelLoadRequest, {}),
-            ("RepositoryModelUnload", self._unload, pb.RepositoryModelUnloadRequest, {}),
+            ("ServerLive", self._server_live, pb.ServerLiveRequest.FromString, quiet),
+            ("ServerReady", self._server_ready, pb.ServerReadyRequest.FromString, quiet),
+            ("ModelReady", self._model_ready, pb.ModelReadyRequest.FromString, quiet),
+            ("ServerMetadata", self._server_metadata, pb.ServerMetadataRequest.FromString, {}),
+            ("ModelMetadata", self._model_metadata, pb.ModelMetadataRequest.FromString, {}),
+            ("ModelConfig", self._model_config, pb.ModelConfigRequest.FromString, {}),
+            ("ModelStatistics", self._model_statistics, pb.ModelStatisticsRequest.FromString, {}),
+            ("ModelInfer", self._model_infer, parse_inference, {}),
+            ("RepositoryIndex", self._repository_index, pb.RepositoryIndexRequest.FromString, {}),
+            ("RepositoryModelLoad", self._load, pb.RepositoryModelLoadRequest.FromString, {}),
+            ("RepositoryModelUnload", self._unload, pb.RepositoryModelUnloadRequest.FromString, {}),
         ]
         self._handlers = {
-            f"/{SERVICE}/{name}": calls.unary(f"/{SERVICE}/{name}", method, message, **options)
-            for name, method, message, options in offered
+            f"/{SERVICE}/{name}": calls.unary(f"/{SERVICE}/{name}", method, parse, **options)
+            for name, method, parse, options in offered
         }
         route = f"/{SERVICE}/ModelStreamInfer"
-        self._handlers[route] = calls.stream(route, self._model_stream_infer, pb.ModelInferRequest, _refused_in_stream)
+        self._handlers[route] = calls.stream(route, self._model_stream_infer, parse_inference, _refused_in_stream)
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """Return a method's handler; None: it is none of this service."""
@@ -158,18 +147,13 @@ class Methods(grpc.GenericRpcHandler):
     async def _load(self, request: pb.RepositoryModelLoadRequest, call: Call) -> pb.RepositoryModelLoadResponse:
         name = _model_of(request)
         metadata.refuse_foreign(request.parameters)
-        await self._offered_operations().load(name)
+        await self._operations.load(name)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, request: pb.RepositoryModelUnloadRequest, call: Call) -> pb.RepositoryModelUnloadResponse:
         name = _model_of(request)
-        await self._offered_operations().unload(name)
+        await self._operations.unload(name)
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
-
-    def _offered_operations(self) -> Operations:
-        if self._operations is None:
-            raise NotOfferedError("Loading and unloading over the API is not offered.")
-        return self._operations
 
 
 class _Leaving:

@@ -20,9 +20,10 @@ from app.engine import Engine
 from app.errors import SettingsError
 from app.grpc.calls import Calls
 from app.grpc.entry import credentials_of, doorkeeper
-from app.grpc.methods import SERVICE, CallLimits, Methods, Operations
+from app.grpc.methods import SERVICE, CallLimits, Methods
 from app.keys import Keyring
 from app.metrics import Metrics
+from app.operations import Operations
 from app.repository import Repository
 from app.settings import Settings
 from app.tls import Certificate
@@ -48,7 +49,7 @@ def create_front(
     keyring: Keyring,
     certificate: Certificate | None,
     why_not_ready: Callable[[], str],
-    operations: Operations | None,
+    operations: Operations,
     settings: Settings,
 ) -> "Front":
     """Return the front over an engine and a repository, as the settings want it.

@@ -14,6 +14,7 @@ from app.http import errors, health, models, predict, torchserve, v1, v2
 from app.http.auth import Guard, describe
 from app.http.bodies import BodyLimits
 from app.http.connection import WholeRequest
+from app.http.direct import Front
 from app.http.observe import Observe, Record, Trace
 from app.keys import Keyring
 from app.metrics import Metrics
@@ -74,7 +75,7 @@ def create_app(
         return first(request, trace, record)
 
     guard = Guard(
-        predict.Front(v2.Front(app, inferrer), predictor),
+        Front(app, [(predict.way_of, predictor.answer), (v2.way_of, inferrer.answer)]),
         begin,
         keyring,
         [route for router in routers for route in router.routes],

@@ -119,19 +119,6 @@ async def read_images(head: Head, receive: Receive, ticket: Ticket, limits: Body
     return _take_apart(head, kind, boundary, body, limits)
 
 
-def images_in(body: bytes, head: Head, ticket: Ticket, limits: BodyLimits) -> list[bytes]:
-    """Do what `read_images` does for a body that has been read, and is small.
-
-    Raises:
-        As `read_images`.
-    """
-    kind, boundary = _content_type(head)
-    if len(body) > limits.max_body_bytes:
-        raise too_large(limits.max_body_bytes)
-    ticket.hold_bytes(len(body))
-    return _take_apart(head, kind, boundary, body, limits)
-
-
 def _take_apart(head: Head, kind: str, boundary: bytes, body: bytes, limits: BodyLimits) -> list[bytes]:
     if not body:
         raise _empty(head)
@@ -140,7 +127,7 @@ def _take_apart(head: Head, kind: str, boundary: bytes, body: bytes, limits: Bod
     _refuse_too_many(kind, boundary, body, limits.max_images)
     images = _json_images(body) if kind == "application/json" else _form_files(body, boundary)
     if len(images) > limits.max_images:
-        raise _too_many(limits.max_images)
+        raise too_many(limits.max_images)
     return images
 
 
@@ -157,11 +144,11 @@ def _refuse_too_many(kind: str, boundary: bytes, body: bytes, limit: int) -> Non
     Parsing 1 MB of short JSON numbers took 2 s, and 30 MB of them 7 GB.
     """
     if kind == "application/json":
-        too_many = body.count(b",") >= limit
+        beyond = body.count(b",") >= limit
     else:
-        too_many = bool(boundary) and body.count(b"--" + boundary) > limit + MAX_FORM_FIELDS
-    if too_many:
-        raise _too_many(limit)
+        beyond = bool(boundary) and body.count(b"--" + boundary) > limit + MAX_FORM_FIELDS
+    if beyond:
+        raise too_many(limit)
 
 
 def too_large(limit: int) -> BodyTooLargeError:
@@ -169,7 +156,8 @@ def too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"The body is too large: at most {limit:,} bytes are taken.")
 
 
-def _too_many(limit: int) -> TooLargeError:
+def too_many(limit: int) -> TooLargeError:
+    """Return the error for a request of more than `limit` images."""
     return TooLargeError(
         f"The request has more than {limit} images: send them in several requests.", code="too_many_images"
     )

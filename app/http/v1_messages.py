@@ -13,6 +13,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from app.errors import BadRequestError
+from app.http.bodies import too_many
 from app.loading import LoadedModel
 from app.tensors import Array, TensorSpec
 from app.v2.inference import InferRequest, InferResponse, InputTensor, takes_images
@@ -32,7 +33,7 @@ _STATES = {
 """State of the repository's index → TensorFlow Serving's."""
 
 
-def parse(body: bytes, model: LoadedModel) -> tuple[InferRequest, bool]:
+def parse(body: bytes, model: LoadedModel, max_images: int) -> tuple[InferRequest, bool]:
     """Take a request apart.
 
     Returns:
@@ -40,6 +41,7 @@ def parse(body: bytes, model: LoadedModel) -> tuple[InferRequest, bool]:
 
     Raises:
         BadRequestError: it is no request of the protocol; the sentence names the place.
+        TooLargeError: it has more images than one request may have.
     """
     try:
         document = from_json(body, allow_inf_nan=False)
@@ -51,7 +53,7 @@ def parse(body: bytes, model: LoadedModel) -> tuple[InferRequest, bool]:
         raise BadRequestError("The request's signature_name must be a string.")
     in_rows = "instances" in document
     columns = _from_rows(document["instances"], model) if in_rows else _from_columns(document["inputs"], model)
-    return InferRequest([_tensor(name, values, model) for name, values in columns.items()]), in_rows
+    return InferRequest([_tensor(name, values, model, max_images) for name, values in columns.items()]), in_rows
 
 
 def write(response: InferResponse, in_rows: bool) -> bytes:
@@ -157,13 +159,15 @@ def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _tensor(name: str, values: object, model: LoadedModel) -> InputTensor:
+def _tensor(name: str, values: object, model: LoadedModel, max_images: int) -> InputTensor:
     """Return the input of a name, whose datatype is the model's, or BYTES for encoded images."""
     spec = next((spec for spec in model.inputs if spec.name == name), None)
     if spec is None:  # which is told with the names that there are
         return InputTensor(name, "", (), ())
     elements = _as_list(values)
     if takes_images(model) and any(isinstance(element, dict | str) for element in elements):
+        if len(elements) > max_images:  # before any of them is decoded
+            raise too_many(max_images)
         return InputTensor(name, "BYTES", [len(elements)], _images(elements))
     shape = _shape_of(elements)
     data = _texts(name, elements) if spec.datatype == "BYTES" else elements

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from fastapi import APIRouter, Depends, Header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from app.admission import Ticket
 from app.batcher import DEFAULT_URGENCY
@@ -25,7 +25,7 @@ from app.engine import Engine, GiveUp, Prediction, Tell
 from app.errors import BadRequestError, NotOfferedError, UnavailableError
 from app.http.bodies import BodyLimits, Head, read_body, too_large
 from app.http.connection import Connection, RequestHead, WholeRequest
-from app.http.direct import Direct, admitted, answer_directly
+from app.http.direct import Direct, admitted
 from app.http.observe import Record, Trace, trace_of
 from app.http.schemas import ErrorResponse
 from app.http.taskless import TasklessPrediction
@@ -106,7 +106,7 @@ class Inferrer:
         plan: _Plan = head.plan
         if not plan.is_taskless:
             return False
-        model = self._engine.model(plan.name, plan.version)
+        model = self._engine.model(*plan.asked)
         message = parse(request.body, plan.json_length, model)
         small = small_request(model, message.request, self._limits.max_images)
         if small is None:
@@ -120,18 +120,13 @@ class Inferrer:
     async def answer(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         """Read a request, whose path names the model, run it, and send the answer."""
         trace = trace_of(scope)
-        _, name, version = way_of(scope["path"]) or ("", "", None)
-        model = self._engine.model(name, version)
+        _, asked = way_of(scope["path"]) or ("", ("", None))
+        model = self._engine.model(*asked)
         writer = self._writer_of(model)
         header_length, accepted = _more_of(scope["headers"])
         limit = self._limits.max_body_bytes
         with admitted(self._engine, model, scope, connection, self._timeout_ms) as (head, ticket):
-            if (body := connection.take_body()) is None:
-                body = await read_body(head, receive, ticket, limit)
-            elif len(body) > limit:
-                raise too_large(limit)
-            else:
-                ticket.hold_bytes(len(body))
+            body = await read_body(head, receive, ticket, limit)
             if head.content_encoding != "identity":
                 body = await inflate(body, head.content_encoding, ticket, limit)
             if cost := cost_of(body if header_length is None else memoryview(body)[:header_length]):
@@ -182,8 +177,7 @@ class _Plan:
 
     is_taskless: bool
     route: str = ""
-    name: str = ""
-    version: str | None = None
+    asked: Asked = ("", None)
     timeout_ms: int | None = None
     urgency: int = DEFAULT_URGENCY
     json_length: int | None = None
@@ -203,30 +197,14 @@ def _plan_for(request: RequestHead, limits: BodyLimits) -> _Plan:
     return _Plan(True, *way, head.timeout_ms, head.urgency, json_length, accepted)
 
 
-class Front:
-    """Hands inference requests straight to their endpoint, all else to the application behind it."""
-
-    def __init__(self, app: ASGIApp, inferrer: Inferrer) -> None:
-        self._app = app
-        self._inferrer = inferrer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the lifespan."""
-        if scope["type"] == "http" and scope["method"] == "POST" and (way := way_of(scope["path"])):
-            trace_of(scope).route = way[0]
-            await answer_directly(self._inferrer.answer, scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-
 @lru_cache(maxsize=1024)
-def way_of(path: str) -> tuple[str, str, str | None] | None:
-    """Return route, model's name and version of an inference request's path; None: it is none."""
+def way_of(path: str) -> tuple[str, Asked] | None:
+    """Return an inference request's route, and what its path asks for; None: it is none."""
     found = _WAY.fullmatch(path)
     if found is None:
         return None
     name, version = found.groups()
-    return f"{MODEL if version is None else VERSION}/infer", name, version
+    return f"{MODEL if version is None else VERSION}/infer", (name, version)
 
 
 def routes(

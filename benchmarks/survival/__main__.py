@@ -26,6 +26,7 @@ SCENARIOS = {
     "leavers": "half of the clients disconnect",
     "stop": "SIGTERM under full load",
     "kill": "kill -9 of one of several workers",
+    "swap": "hot swaps under full load",
     "quota": "CPU quotas of 0.5 and 1.5",
     "soak": "fifteen minutes of everything, one worker",
     "soak2": "fifteen minutes of everything, two workers",

@@ -126,21 +126,6 @@ def test_a_client_that_leaves_after_the_stay_ends_nothing():
     assert asyncio.run(stay()) == 0
 
 
-def test_a_deadline_can_be_brought_forward_and_not_put_off():
-    async def stay(deadline_s: float, shortened_s: float) -> float:
-        started = time.monotonic()
-        lane = lane_of(ManualClock())
-        admission = Admission(Limits(10, 10, 10, {}, 0), Metrics())
-        with Ticket(admission, lane, started + deadline_s, 3) as ticket:
-            ticket.shorten(started + shortened_s)
-            await asyncio.sleep(0.05)
-        return ticket.deadline - started
-
-    with pytest.raises(DeadlineError):
-        asyncio.run(stay(1000, 0.001))
-    assert asyncio.run(stay(500, 1000)) == 500
-
-
 def test_one_timer_ends_each_stay_at_its_own_deadline_and_no_other():
     async def stays() -> None:
         metrics = Metrics()
@@ -163,3 +148,18 @@ def test_one_timer_ends_each_stay_at_its_own_deadline_and_no_other():
         assert metrics.inflight_requests.labels("m").get() == 0
 
     asyncio.run(asyncio.wait_for(stays(), 10))
+
+
+def test_a_deadline_can_be_brought_forward_and_not_put_off():
+    async def stay(deadline_s: float, shortened_s: float) -> float:
+        started = time.monotonic()
+        lane = lane_of(ManualClock())
+        admission = Admission(Limits(10, 10, 10, {}, 0), Metrics())
+        with Ticket(admission, lane, started + deadline_s, 3) as ticket:
+            ticket.shorten(started + shortened_s)
+            await asyncio.sleep(0.05)
+        return ticket.deadline - started
+
+    with pytest.raises(DeadlineError):
+        asyncio.run(stay(1000, 0.001))
+    assert asyncio.run(stay(500, 1000)) == 500

@@ -1,6 +1,7 @@
 """API keys: the file, the scopes, the routes, the command; and that a running service takes what has changed."""
 
 import hashlib
+import os
 import re
 import socket
 import subprocess
@@ -376,6 +377,23 @@ def test_the_command_shows_the_line_where_there_is_no_file(file):
     line = next(line for line in made.stderr.splitlines() if line.startswith("shop "))
     file.write_text(line)
     assert Keyring(str(file)).admit(made.stdout.strip().encode(), Access.PREDICT) == "shop"
+
+
+def test_bench_sends_the_key_of_its_variable(guarded, tmp_path):
+    setup, server = guarded
+    image = tmp_path / "red.png"
+    image.write_bytes(RED)
+    bench = [sys.executable, "-m", "app.cli", "bench", server.url, image, "--seconds", "0.3", "--warm-up", "0"]
+    for key, status, said in (
+        (setup.held["predict"], 0, "requests"),
+        (setup.held["metrics"], 2, "lacks the scope predict"),
+        ("grün", 2, "The key in CONVOY_API_KEY is none"),
+    ):
+        done = subprocess.run(
+            bench, capture_output=True, text=True, timeout=60, env=os.environ | {"CONVOY_API_KEY": key}
+        )
+        assert done.returncode == status, done.stderr
+        assert said in done.stdout + done.stderr and key not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("words", [("a b",), ("shop", "--scopes", "root")])

@@ -198,3 +198,61 @@ def test_pages_do_not_touch_each_other(shared):
         page.slots[first] = page.slots[len(page.slots) - 1] = math.pi
     assert set(two.slots) == {0.0}
     assert isinstance(two, Page)
+
+
+def test_the_place_of_a_series_that_is_forgotten_is_given_to_the_next(shared):
+    writer, reader = open_shared(shared)[0], open_shared(shared)[0]
+    kept = writer.place("kept", ("m",), 1)
+    writer.slots[kept] = 7
+    first = writer.place("gone", ("m", "1"), 3)
+    writer.slots[first] = writer.slots[first + 2] = 5
+    assert [series.name for series in reader.series()] == ["kept", "gone"]
+    writer.forget([series for series in writer.series() if series.name == "gone"])
+    assert [series.name for series in writer.series()] == [series.name for series in reader.series()] == ["kept"]
+    assert writer.place("too wide", ("m", "1"), 4) != first
+    assert writer.place("next", ("m", "2"), 3) == first
+    assert list(writer.slots[first : first + 3]) == [0, 0, 0]
+    assert {series.name for series in reader.series()} == {"kept", "too wide", "next"}
+    assert writer.place("kept", ("m",), 1) == kept and writer.slots[kept] == 7
+    after = open_shared(shared)[0]
+    after.forget([series for series in after.series() if series.name == "next"])
+    assert after.place("once more", ("m", "3"), 3) == first, "the next writer knows what is free"
+    assert {series.name for series in writer.series()} == {"kept", "too wide", "once more"}
+
+
+def test_versions_that_come_and_go_do_not_fill_a_page(caplog):
+    metrics = Metrics()
+    sizes = []
+    for version in range(1, 2000):
+        model = metrics.for_model("m", str(version))
+        model.images.inc()
+        model.infer.observe(0.1)
+        metrics.request_duration.labels("m", "/predict", str(version), 200).observe(0.1)
+        metrics.requests.labels("m", str(version), "/predict", 200).inc()
+        metrics.model_info.labels("m", str(version), "d", "cpu", "ready").set(1)
+        metrics.model_info.remove("m", str(version), "d", "cpu", "ready")
+        if version > 3:
+            metrics.forget("m", str(version - 3))
+        sizes.append(int(metrics.page.slots[pages._DIRECTORY_USED]))
+    assert not [record for record in caplog.records if "page is full" in record.message]
+    assert sizes[-1] <= 1.5 * sizes[10]
+    shown = samples(metrics)
+    assert shown['convoy_stage_duration_seconds_count{model="m",stage="infer"}'] == 1999
+    assert shown['convoy_request_duration_seconds_count{model="m",route="/predict"}'] == 1999
+    assert len([key for key in shown if key.startswith("convoy_images_total")]) == 3
+
+
+def test_a_writer_killed_while_it_rewrote_a_line_leaves_the_others_readable(shared):
+    writer, reader = open_shared(shared)[0], open_shared(shared)[0]
+    names = ["one", "two", "three"]
+    places = {name: writer.place(name, (), 1) for name in names}
+    writer.slots[pages._EPOCH] += 1
+    start, length = writer._places["two", (), 1]
+    writer._memory[pages._DIRECTORY + start : pages._DIRECTORY + start + 5] = b"\x00" * 5
+    assert [series.name for series in reader.series()] == ["one", "three"]
+    after = open_shared(shared)[0]
+    after.take_over(2)
+    assert after.place("three", (), 1) == places["three"]
+    assert after.place("four", (), 1) not in places.values()
+    assert [series.name for series in reader.series()] == ["one", "three", "four"]
+    assert length % 32 == 0

@@ -187,6 +187,7 @@ WRONG = [
     ("colours", b'{"instances": [{"picture": [1]}]}', 400, "names the input 'picture'"),
     ("colours", b'{"instances": [{}]}', 400, "Input 'image' is missing"),
     ("colours", b'{"instances": [' + b",".join([b'{"b64": "AAAA"}'] * 9) + b"]}", 413, "more than 8"),
+    ("colours", b'{"inputs": [' + b",".join([b'{"b64": "?"}'] * 50_000) + b"]}", 413, "more than 8"),
     ("numbers", b'{"instances": [[1, 2], [3]]}', 400, "nested otherwise"),
     ("numbers", b'{"instances": [[1, "x"]]}', 400, "has a string in it"),
     ("numbers", b'{"instances": [[1, null]]}', 400, "has null in it"),
@@ -212,7 +213,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("model", "body", "status", "sentence"), WRONG)
+@pytest.mark.parametrize(("model", "body", "status", "sentence"), WRONG, ids=range(len(WRONG)))
 def test_what_is_wrong_is_told_in_a_sentence(v1, model, body, status, sentence):
     answer = v1.client.post(f"/v1/models/{model}:predict", content=body)
     assert answer.status_code == status, answer.text

@@ -6,11 +6,11 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import onnx
 from onnx import TensorProto, helper
 
+from app.keys import Access, make_key
 from app.tensors import DATATYPES
 from tests.app.watching import free_port
 from tests.bundles import make_bundle, plain_image
@@ -18,7 +18,7 @@ from tests.clients.environments import python_with
 from tests.servers import convoy
 
 SCRIPTS = Path(__file__).parent / "scripts"
-SCRIPT_TIMEOUT_S = 120
+SCRIPT_TIMEOUT_S = 240
 
 _ELEMENTS = {
     "BOOL": TensorProto.BOOL,
@@ -37,28 +37,39 @@ def checks_of(script: str) -> dict[str, str]:
 
 
 def outcomes_of(environment: str, script: str, folder: Path) -> dict[str, str]:
-    """Run a script in its environment against a server of its own; returns check → traceback, or an empty string."""
+    """Run a script's checks, in its environment, against an open server and one that asks for keys.
+
+    Returns:
+        Check → traceback, or an empty string for one that has passed.
+    """
     python = python_with(environment)
-    with serving(folder) as server:
-        command = [python, SCRIPTS / f"{script}.py", "--http", server.http, "--grpc", server.grpc]
-        options = ["--images", server.images]
-        result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=SCRIPT_TIMEOUT_S)
+    write_models(folder / "models")
+    write_images(folder / "images")
+    key, line = make_key("tests", frozenset({Access.PREDICT, Access.ADMIN}))
+    (folder / "keys").write_text(line + "\n")
+    with serving(folder, "open") as address, serving(folder, "guarded", keys=folder / "keys") as guarded:
+        servers = {"open": {**address, "images": str(folder / "images")}, "guarded": {**guarded, "key": key}}
+        command = [python, SCRIPTS / f"{script}.py", json.dumps(servers)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=SCRIPT_TIMEOUT_S)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[SimpleNamespace]:
-    """Serve models for the checks: addresses of both protocols, and a folder of encoded images."""
-    models, images = folder / "models", folder / "images"
-    write_models(models)
-    images.mkdir()
+def serving(folder: Path, name: str, **settings: object) -> Iterator[dict[str, str]]:
+    """Serve the folder's models, for the checks' sake with little to warm up."""
+    port = free_port()
+    settings |= {"default_model": "colours", "grpc_port": port, "sessions": 1, "max_batch": 2}
+    with convoy(folder / "models", folder / name, **settings) as server:
+        yield {"url": server.url, "http": server.url.removeprefix("http://"), "grpc": f"127.0.0.1:{port}"}
+
+
+def write_images(folder: Path) -> None:
+    """Write encoded images of different sizes and kinds, each named by its class."""
+    folder.mkdir()
     for colour, kind, size in (("red", "JPEG", (40, 30)), ("green", "JPEG", (16, 16)), ("blue", "PNG", (17, 90))):
         name = f"{colour}.{'jpg' if kind == 'JPEG' else 'png'}"
-        (images / name).write_bytes(plain_image(colour, kind, size))
-    port = free_port()
-    with convoy(models, folder / "log", default_model="colours", grpc_port=port, max_batch=4) as server:
-        yield SimpleNamespace(http=server.url.removeprefix("http://"), grpc=f"127.0.0.1:{port}", images=str(images))
+        (folder / name).write_bytes(plain_image(colour, kind, size))
 
 
 def write_models(root: Path) -> None:

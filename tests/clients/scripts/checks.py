@@ -1,10 +1,11 @@
 """Runs a client script's checks and tells their outcomes as JSON. Standard library only: no environment has our code.
 
 A check is a function `check_…(server)`, plain or async; its docstring is its row in docs/clients.md. What it raises is
-its failure. `python SCRIPT --http HOST:PORT --grpc HOST:PORT [--only NAME …]` runs it by hand, against any server.
+its failure. Those that begin with `check_with_a_key` get the server `guarded`, which asks for keys, the others `open`:
+`python SCRIPT '{"open": {"url": "http://HOST:PORT", "http": "HOST:PORT", "grpc": "HOST:PORT", "images": "DIR"}}'` runs
+them by hand, against any server, all or those named behind it; without one of the two servers its checks are left out.
 """
 
-import argparse
 import asyncio
 import inspect
 import json
@@ -69,17 +70,11 @@ def best(probabilities) -> list[str]:
 
 
 def main(script: ModuleType) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--http", default="127.0.0.1:8000")
-    parser.add_argument("--grpc", default="127.0.0.1:8001")
-    parser.add_argument("--key", default="")
-    parser.add_argument("--images", default="", help="folder of encoded images, each named by its class")
-    parser.add_argument("--only", nargs="*")
-    server = SimpleNamespace(**vars(parser.parse_args(ARGUMENTS)))
-    server.url = f"http://{server.http}"
+    servers = {name: SimpleNamespace(**facts) for name, facts in json.loads(ARGUMENTS[0]).items()}
     outcomes = {}
     for name, check in vars(script).items():
-        if name.startswith("check_") and (not server.only or name in server.only):
+        server = servers.get("guarded" if name.startswith("check_with_a_key") else "open")
+        if name.startswith("check_") and server and (name in ARGUMENTS[1:] or not ARGUMENTS[1:]):
             outcomes[name] = outcome(check, server)
     json.dump(outcomes, sys.stdout, indent=1)
 

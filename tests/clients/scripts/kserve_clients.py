@@ -146,6 +146,18 @@ async def check_grpc_errors(server):
             await client.infer(request, timeout=0.02)
 
 
+async def check_with_a_key_infer(server):
+    """REST and gRPC: infer where keys are asked for"""
+    async with rest("v2") as client:
+        answer = await client.infer(
+            server.url, request_of("red", binary=True), "colours", headers={"Authorization": f"Bearer {server.key}"}
+        )
+        assert best(answer.get_output_by_name("probabilities").as_numpy()) == ["red"]
+    async with InferenceGRPCClient(server.grpc) as client:
+        answer = await client.infer(request_of("red", binary=True), headers=(("x-api-key", server.key),))
+        assert best(answer.get_output_by_name("probabilities").as_numpy()) == ["red"]
+
+
 def check_grpc_load_without_a_key(server):
     """gRPC: RepositoryModelLoad and -Unload in KServe's own form, without a key: UNAUTHENTICATED"""
     with grpc.insecure_channel(server.grpc) as channel:
@@ -154,7 +166,7 @@ def check_grpc_load_without_a_key(server):
             stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="other"))
 
 
-def check_grpc_load(server):
+def check_with_a_key_grpc_load(server):
     """gRPC: RepositoryModelLoad and -Unload in KServe's own form, with a key"""
     metadata = (("authorization", f"Bearer {server.key}"),)
     with grpc.insecure_channel(server.grpc) as channel:

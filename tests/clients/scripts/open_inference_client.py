@@ -71,5 +71,14 @@ async def check_asyncio(server):
     assert best(await client.model_infer("colours", request=request_of("blue"))) == ["blue"]
 
 
+def check_with_a_key_infer(server):
+    """model_infer where keys are asked for, by an httpx client with the header"""
+    import httpx
+
+    with httpx.Client(headers={"X-API-Key": server.key}) as carrier:
+        client = OpenInferenceClient(base_url=server.url, httpx_client=carrier)
+        assert best(client.model_infer("colours", request=request_of("red"))) == ["red"]
+
+
 if __name__ == "__main__":
     main(sys.modules["__main__"])

@@ -1,7 +1,6 @@
 """tritonclient over HTTP: the synchronous client, on gevent, and the asyncio one, on aiohttp."""
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -306,22 +305,34 @@ def check_load_without_a_key(server):
     assert client.is_model_ready("colours")
 
 
-def check_load(server):
+def check_with_a_key_infer(server):
+    """infer where keys are asked for: with one, and refused without"""
+    client, headers = client_of(server), {"Authorization": f"Bearer {server.key}"}
+    result = client.infer("colours", image_input("red"), headers=headers)
+    assert best(result.as_numpy("probabilities")) == ["red"]
+    with raises(InferenceServerException, "401", "key"):
+        client.infer("colours", image_input("red"))
+    assert client.is_server_live() and client.is_server_ready()
+
+
+def check_with_a_key_load(server):
     """load_model, unload_model with a key"""
     client, headers = client_of(server), {"Authorization": f"Bearer {server.key}"}
+    assert client.is_model_ready("other", headers=headers)
     client.unload_model("other", headers=headers)
-    wait_until(lambda: not client.is_model_ready("other"))
+    assert not client.is_model_ready("other", headers=headers)
+    with raises(InferenceServerException, "other"):
+        client.infer("other", image_input("red"), headers=headers)
     client.load_model("other", headers=headers)
-    wait_until(lambda: client.is_model_ready("other"))
+    assert client.is_model_ready("other", headers=headers)
     with raises(InferenceServerException, "nobody"):
         client.load_model("nobody", headers=headers)
-
-
-def wait_until(condition):
-    until = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    with raises(InferenceServerException, "models directory"):
+        client.load_model("other", headers=headers, config='{"max_batch_size": 8}')
+    files = {"file:1/model.onnx": b"not ours"}
+    with raises(InferenceServerException, "models directory"):
+        client.load_model("other", headers=headers, config="{}", files=files)
+    assert best(client.infer("other", image_input("red"), headers=headers).as_numpy("probabilities")) == ["red"]
 
 
 async def check_aio_health_and_metadata(server):
