@@ -178,6 +178,9 @@ def test_where_a_key_is_looked_for(headers, presented):
         ("/v2/repository/models/a/load", Access.ADMIN),
         ("/v2/repository/models/a/unload", Access.ADMIN),
         ("/v2/repository/index/", Access.ADMIN),
+        ("/models/a/load\n", Access.ADMIN),
+        ("/models/a/versions/1/unload\n", Access.ADMIN),
+        ("/metrics\n", Access.METRICS),
         ("/livez/", Access.PREDICT),
         ("/what/nobody/has/thought/of", Access.PREDICT),
     ],
@@ -267,6 +270,10 @@ def test_every_route_that_is_not_open_asks_for_a_key(guarded):
         "/v2/repository/models/colours/load?x=/livez",
         "/livez/../v2/repository/models/colours/load",
         "//v2/repository/models/colours/load",
+        "/v2/repository/models/colours/load%0A",
+        "/models/colours/load%0A",
+        "/models/colours/versions/1/unload%0a",
+        "/models/colours/versions/1/un%6Coad%0A?x",
     ],
 )
 def test_no_spelling_of_a_path_gets_past_the_key(guarded, target):
@@ -340,8 +347,10 @@ def test_a_request_that_comes_whole_is_asked_for_its_key_each_time(guarded):
     assert {line["key"] for line in logged_with(server, "keyed-whole")} == {"whole"}
 
 
-def test_without_keys_load_is_refused_all_the_same(server):
-    answer = server.client.post("/v2/repository/models/colours/load", headers=bearer("anything"))
+@pytest.mark.parametrize("path", ["/v2/repository/models/colours/load", "/models/colours/unload"])
+@pytest.mark.parametrize("end", ["", "%0A"])
+def test_without_keys_load_is_refused_all_the_same(server, path, end):
+    answer = server.client.post(path + end, headers=bearer("anything"))
     assert answer.status_code == 401 and "--keys" in answer.json()["error"]
     assert not messages(server, "whoever reaches this address may ask: no keys are set")
 
