@@ -142,7 +142,7 @@ class _Change:
         return version is not None and (number in self.opened or version.model is not None)
 
     def may_stay(self, number: str) -> bool:
-        """Tell whether a version that is loaded already may go on in place of one that fails."""
+        """Tell whether a version can answer after the switch, lies in the folder, and is not to be unloaded."""
         return self.can_serve(number) and number in self.folder.versions and number not in self.wish.out
 
     def decide(self, served: list[str]) -> None:
@@ -152,7 +152,7 @@ class _Change:
             served: what the policy asks for and can answer, newest first.
         """
         policy, wish = self.folder.policy, self.wish
-        extra = sorted((number for number in wish.on if self.can_serve(number)), key=int, reverse=True)
+        extra = sorted((number for number in wish.on if self.may_stay(number)), key=int, reverse=True)
         wanted = None if wish.off or policy.active in wish.out else policy.active
         aliases = {} if wish.off else {alias: to for alias, to in policy.aliases.items() if to not in wish.out}
         for alias, target in aliases.items():
@@ -363,7 +363,7 @@ class Repository:
                     break
                 if self._bring(change, number):
                     served.append(number)
-        for number in [*change.pinned, *sorted(wish.on, key=int)]:
+        for number in [*change.pinned, *sorted(wish.on.intersection(folder.versions), key=int)]:
             self._bring(change, number)
         if any(not change.can_serve(number) for number in change.pinned):
             for number in {change.active, *change.aliases.values()} & set(folder.versions) - wish.out:
@@ -376,7 +376,8 @@ class Repository:
         if number in change.opened or number in change.faults:
             return change.can_serve(number)
         if version.model is not None and number not in change.folder.versions:
-            return False  # its directory is gone, and it goes too
+            change.faults[number] = f"{version.directory} is not there any more."
+            return False
         stamp = stamp_of(version.directory)
         if version.model is not None and version.stamp == stamp:
             version.reason = ""

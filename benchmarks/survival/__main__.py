@@ -1,6 +1,6 @@
 """Run the scenarios, print a table, keep the figures.
 
-All of them take about 45 minutes, most of it the two soaks: `python -m benchmarks.survival`; a part, for a look:
+All of them take about 50 minutes, most of it the two soaks: `python -m benchmarks.survival`; a part, for a look:
 `python -m benchmarks.survival --only overload --seconds 10`.
 """
 

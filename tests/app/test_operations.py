@@ -235,6 +235,22 @@ def test_an_alias_is_moved_and_stays_where_it_was_if_its_new_version_is_broken(m
         assert answer_of(server.client) == "2", "of the latest, the newest that loads"
 
 
+def test_a_version_whose_directory_is_taken_away_goes_unless_it_is_named(models):
+    make_version(models, "2")
+    policy = models / "colours/versions.toml"
+    policy.write_text("aliases = {stable = '1'}\n")
+    with operated(models) as server:
+        ask(server, "/models/colours/versions/1/load")
+        shutil.rmtree(models / "colours/1")
+        assert "colours/1 is not there any more." in ask(server, "/models/colours/versions/2/load", 409)["error"]
+        assert answer_of(server.client, "/models/colours/versions/stable/predict") == "1"
+        policy.unlink()
+        assert ask(server, "/models/colours/versions/2/load")["reason"] == ""
+        assert server.client.post("/models/colours/versions/1/predict", content=RED).status_code == 404
+        assert answer_of(server.client) == "2"
+        wait_for(lambda: states(server) == {"2": "ready"})
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_unload_and_load_of_the_default_model(models, workers):
     make_version(models, "1", "other")
