@@ -441,8 +441,10 @@ def serve(settings: Settings) -> None:
         listen_for_probes(settings) or nullcontext() as probes,
         reserve_for_grpc(settings),
     ):
-        log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
-        Server(service, probes).run(sockets=[listener])
+        server = Server(service, probes)
+        with server.capture_signals():  # from before anybody is told that there is somebody to stop
+            log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
+            server.run(sockets=[listener])
     if service.fault is not None:
         raise service.fault
 
