@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.batchable import fitting_length, sample, why_rows_run_alone
+from app.batchable import fit_of, sample, why_rows_run_alone
 from app.batcher import Batcher
 from app.errors import BadRequestError, BundleError
 from app.golden import prove, prove_tensors
@@ -261,10 +261,10 @@ def warm_up(bundle: Bundle, session: Session, max_batch: int) -> None:
 
 
 def _warm_up_tensors(session: OnnxSession, max_batch: int) -> None:
-    """Run one row, and the largest batch; a graph that takes no length that can be guessed stays cold."""
-    length = fitting_length(session)
-    if length is not None:
-        session.run(*sample(session.inputs, max(1, max_batch), length))
+    """Run the largest batch; a graph that takes nothing that can be guessed stays cold."""
+    fit = fit_of(session)
+    if fit is not None:
+        session.run(*sample(session.inputs, max(1, max_batch), fit))
 
 
 Load = Callable[[str, str, Path], tuple[LoadedModel, float | None]]

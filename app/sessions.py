@@ -63,10 +63,14 @@ class OnnxSession:
         """The inputs' dimensions as the graph names them: a number, or the name of a variable one."""
         self._input_names = [spec.name for spec in self.inputs]
         self._output_names = [spec.name for spec in self.outputs]
+        self._options = runtime.load().RunOptions()
+        # Else every row that a graph does not take is a line on standard error too, in colours; the error says it.
+        self._options.log_severity_level = 4
 
     def run(self, *inputs: Array) -> tuple[Array, ...]:
         """Turn the graph's inputs into its outputs, both in its order."""
-        return tuple(self._session.run(self._output_names, dict(zip(self._input_names, inputs, strict=True))))
+        fed = dict(zip(self._input_names, inputs, strict=True))
+        return tuple(self._session.run(self._output_names, fed, self._options))
 
 
 class ClassifierSession(OnnxSession):

@@ -83,6 +83,90 @@ TWO_AXES = graph_of(
     [("a", np.float32, ["N", 3]), ("b", np.float32, ["M", 3, 3])],
     [("y", np.float32, ["M", "N", 3])],
 )
+ALL_ROWS = ("axes", np.array([0], np.int64))
+
+
+def of_sums(kind: str, *taken: str, last: int = 3, **constants: object) -> onnx.ModelProto:
+    """Each row's answer is made of the sum of all rows up to it, so rows must never share a run."""
+    return graph_of(
+        [("CumSum", ["x", "axis"], ["sums"], {}), (kind, ["sums", *taken], ["y"], {})],
+        [("x", np.float32, ["N", 3])],
+        [("y", np.float32, ["N", last])],
+        [("axis", np.array(0, np.int64)), *[(name, np.asarray(value)) for name, value in constants.items()]],
+    )
+
+
+def fair_share(least: int) -> onnx.ModelProto:
+    """The difference to the largest of all rows, if that is at least so much."""
+    return graph_of(
+        [
+            ("ReduceMax", ["x", "axes"], ["top"], {}),
+            ("Max", ["top", "least"], ["bound"], {}),
+            ("Sub", ["x", "bound"], ["y"], {}),
+        ],
+        [("x", np.int64, ["N", 4])],
+        [("y", np.int64, ["N", 4])],
+        [ALL_ROWS, ("least", np.array(least, np.int64))],
+    )
+
+
+def classes_of_sums() -> onnx.ModelProto:
+    """The largest of 50,000 probabilities is not much above 1/50,000."""
+    weights = np.random.default_rng(0).normal(size=(3, 50_000)).astype(np.float32) / 100
+    return graph_of(
+        [
+            ("CumSum", ["x", "axis"], ["sums"], {}),
+            ("MatMul", ["sums", "weights"], ["logits"], {}),
+            ("Softmax", ["logits"], ["y"], {"axis": -1}),
+        ],
+        [("x", np.float32, ["N", 3])],
+        [("y", np.float32, ["N", 50_000])],
+        [("axis", np.array(0, np.int64)), ("weights", weights)],
+    )
+
+
+def first_two_rows() -> onnx.ModelProto:
+    """All rows but the first two are 0."""
+    return graph_of(
+        [
+            ("Slice", ["x", "start", "end", "start"], ["kept"], {}),
+            ("Shape", ["x"], ["shape"], {}),
+            ("Shape", ["kept"], ["shape of kept"], {}),
+            ("Sub", ["shape", "shape of kept"], ["missing"], {}),
+            ("Concat", ["none", "missing"], ["pads"], {"axis": 0}),
+            ("Pad", ["kept", "pads"], ["y"], {}),
+        ],
+        [("x", np.float32, ["N", 3])],
+        [("y", np.float32, ["N", 3])],
+        [("start", np.array([0], np.int64)), ("end", np.array([2], np.int64)), ("none", np.array([0, 0], np.int64))],
+    )
+
+
+def embedded(kinds: int) -> onnx.ModelProto:
+    """Tokens and their kinds, as BERT takes them: of the latter there are only two, or one."""
+    shape, tables = ["N", "L"], (("words", 500), ("kinds", kinds))
+    return graph_of(
+        [("Gather", ["words", "ids"], ["a"], {}), ("Gather", ["kinds", "types"], ["b"], {}), ("Add", "ab", ["y"], {})],
+        [("ids", np.int64, shape), ("types", np.int64, shape)],
+        [("y", np.float32, [*shape, 8])],
+        [(name, np.random.default_rng(count).normal(size=(count, 8)).astype(np.float32)) for name, count in tables],
+    )
+
+
+def positive_rows() -> onnx.ModelProto:
+    """The rows whose sum is above -1.5, however many that are."""
+    return graph_of(
+        [
+            ("ReduceSum", ["x", "axes"], ["sum"], {"keepdims": 0}),
+            ("Greater", ["sum", "least"], ["is_kept"], {}),
+            ("Compress", ["x", "is_kept"], ["y"], {"axis": 0}),
+        ],
+        [("x", np.float32, ["N", 4])],
+        [("y", np.float32, ["M", 4])],
+        [("axes", np.array([1], np.int64)), ("least", np.array(-1.5, np.float32))],
+    )
+
+
 STRINGS = graph_of([("Identity", ["x"], ["y"], {})], [("x", str, ["N", "L"])], [("y", str, ["N", "L"])])
 
 
@@ -98,6 +182,16 @@ STRINGS = graph_of([("Identity", ["x"], ["y"], {})], [("x", str, ["N", "L"])], [
         (ALONG_TIME, 0, "answer differently in 'y' than each alone"),
         (SUM_OF_ALL, 0, "'y' is a single value"),
         (TWO_AXES, 0, "called M and N"),
+        (of_sums("Mul", "small", small=np.float32(1e-6)), 0, "answer differently in 'y' than each alone"),
+        (of_sums("Clip", "least", least=np.float32(50)), 0, "answer differently in 'y' than each alone"),
+        (of_sums("Clip", "least", least=np.float32(1e9)), 0, "has the same answer"),
+        (classes_of_sums(), 0, "answer differently in 'y' than each alone"),
+        (fair_share(0), 0, "answer differently in 'y' than each alone"),
+        (fair_share(100), 0, "answer differently in 'y' than each alone"),
+        (first_two_rows(), 0, "answer differently in 'y' than each alone"),
+        (positive_rows(), 0, "rows give 'y' in shape"),
+        (embedded(2), 16, ""),
+        (embedded(1), 16, ""),
     ],
 )
 def test_rows_share_a_run_only_where_that_is_proved(tmp_path, graph, max_batch, why):
@@ -106,6 +200,27 @@ def test_rows_share_a_run_only_where_that_is_proved(tmp_path, graph, max_batch, 
     assert why in model.unbatched_why and bool(why) == bool(model.unbatched_why)
     with pytest.raises(BadRequestError, match="takes tensors, not images"):
         model.classifier  # noqa: B018
+
+
+def test_single_rows_that_give_several_are_not_run_in_turn(tmp_path):
+    """Of the answers to two such requests nobody could tell where the second begins."""
+    graph = graph_of(
+        [("Squeeze", ["x", "axes"], ["y"], {})],
+        [("x", np.float32, [1, "T", 3])],
+        [("y", np.float32, ["T", 3])],
+        [ALL_ROWS],
+    )
+    model = load(tmp_path, graph)
+    assert model.max_batch == 0 and "is not that of the inputs, fixed at 1" in model.unbatched_why
+    assert model.inputs[0].shape == (1, -1, 3)
+
+
+def test_a_graph_that_takes_nothing_is_not_tried_with_gigabytes(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr("app.batchable._run", lambda session, inputs: tried.append(max(map(np.size, inputs))))
+    model = load(tmp_path, double("N", "H", "W", 3))
+    assert model.max_batch == 0 and "No input that was tried" in model.unbatched_why
+    assert tried and max(tried) == 224 * 224 * 3
 
 
 def test_a_fixed_row_is_announced_as_variable_rows(tmp_path):
