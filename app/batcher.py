@@ -406,6 +406,8 @@ class Batcher:
                 self._loop.call_soon_threadsafe(self._deliver, batch, busy)
             except RuntimeError:  # the loop is closed: nobody waits for an answer any more
                 return
+            # A thread that waits must not hold the last requests, and with them a model that has been replaced.
+            del batch
 
     def _deliver(self, batch: Batch, busy: Number) -> None:
         """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""

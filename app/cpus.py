@@ -98,7 +98,7 @@ def cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def step_back(niceness: int = COMPUTING_NICENESS) -> None:
+def step_back() -> None:
     """Have the scheduler prefer the event loop, and whatever else is short, to the calling thread, which computes."""
     with suppress(AttributeError, OSError):  # not Linux; or not allowed
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTING_NICENESS)

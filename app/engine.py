@@ -129,6 +129,10 @@ class Engine(Protocol):
         """
         ...
 
+    def begin_pixels(self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell) -> GiveUp:
+        """Do what `begin` does with images that are decoded: uint8 `[n, height, width, 3]`."""
+        ...
+
     async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
         """Run tensors through a model.
 
@@ -202,10 +206,12 @@ class LocalEngine:
         pixels = _decode_small([image], model.classifier.pixels)
         if pixels is None:
             return None
-        ticket.stage = "queue"
-        waiting = _Waiting(model, ticket, tell, Stages(time.monotonic() - started))
-        waiting.job = model.batcher.submit((pixels,), 1, ticket.deadline, ticket.urgency, None, waiting)
-        return waiting.give_up
+        return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started))
+
+    def begin_pixels(self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell) -> GiveUp:
+        """See `Engine.begin_pixels`."""
+        ticket.hold_images(len(pixels))
+        return _submit(model, pixels, ticket, tell, Stages())
 
     def close(self) -> None:
         """Stop the decode pool; a decode that runs cannot be interrupted, and is not waited for."""
@@ -263,8 +269,15 @@ class LocalEngine:
         return outputs
 
 
+def _submit(model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell, stages: Stages) -> GiveUp:
+    ticket.stage = "queue"
+    waiting = _Waiting(model, ticket, tell, stages)
+    waiting.job = model.batcher.submit((pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting)
+    return waiting.give_up
+
+
 class _Waiting:
-    """One image on its way through a model, for whom no task waits: the batcher answers it as it answers a future."""
+    """Images on their way through a model, for whom no task waits: the batcher answers it as it answers a future."""
 
     __slots__ = ("_model", "_stages", "_tell", "_ticket", "job")
 
@@ -286,7 +299,7 @@ class _Waiting:
         assert job is not None, "it was submitted, and nothing told yet"
         stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
         self._model.metrics.decode.observe(stages.decode_s)
-        _count(self._model, stages, 1)
+        _count(self._model, stages, job.rows)
         self._end(Prediction(self._model, cast("NDArray[np.float32]", outputs[0]), stages))
 
     def set_exception(self, error: Exception, /) -> None:

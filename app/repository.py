@@ -5,6 +5,7 @@ missing beside the running service, switches in one step, and lets the old versi
 that fails changes nothing. Everybody else only looks things up. Knows nothing of requests, nor of other processes.
 """
 
+import ctypes
 import gc
 import logging
 import threading
@@ -12,6 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -25,9 +27,7 @@ from app.versions import THE_LATEST, Folder, Selection, Stamp, read_folder, stam
 
 log = logging.getLogger(__name__)
 
-RETIRING_STEP_S = 0.02
-COLLECT_S = 1.0
-"""How often garbage is collected while a replaced version is held: perhaps by what is left of a request that failed."""
+RETIRING_STEP_S, GARBAGE_S = 0.02, 5.0
 SHOWN_RETIRED = 5
 """Versions of a model that are gone, and whose numbers are still shown: Prometheus should see their last ones."""
 
@@ -142,7 +142,7 @@ class _Change:
         return version is not None and (number in self.opened or version.model is not None)
 
     def may_stay(self, number: str) -> bool:
-        """Tell whether a version that is loaded already may go on in place of one that fails."""
+        """Tell whether a version can answer after the switch, lies in the folder, and is not to be unloaded."""
         return self.can_serve(number) and number in self.folder.versions and number not in self.wish.out
 
     def decide(self, served: list[str]) -> None:
@@ -152,7 +152,7 @@ class _Change:
             served: what the policy asks for and can answer, newest first.
         """
         policy, wish = self.folder.policy, self.wish
-        extra = sorted((number for number in wish.on if self.can_serve(number)), key=int, reverse=True)
+        extra = sorted((number for number in wish.on if self.may_stay(number)), key=int, reverse=True)
         wanted = None if wish.off or policy.active in wish.out else policy.active
         aliases = {} if wish.off else {alias: to for alias, to in policy.aliases.items() if to not in wish.out}
         for alias, target in aliases.items():
@@ -363,7 +363,7 @@ class Repository:
                     break
                 if self._bring(change, number):
                     served.append(number)
-        for number in [*change.pinned, *sorted(wish.on, key=int)]:
+        for number in [*change.pinned, *sorted(wish.on.intersection(folder.versions), key=int)]:
             self._bring(change, number)
         if any(not change.can_serve(number) for number in change.pinned):
             for number in {change.active, *change.aliases.values()} & set(folder.versions) - wish.out:
@@ -376,7 +376,8 @@ class Repository:
         if number in change.opened or number in change.faults:
             return change.can_serve(number)
         if version.model is not None and number not in change.folder.versions:
-            return False  # its directory is gone, and it goes too
+            change.faults[number] = f"{version.directory} is not there any more."
+            return False
         stamp = stamp_of(version.directory)
         if version.model is not None and version.stamp == stamp:
             version.reason = ""
@@ -481,14 +482,14 @@ class Repository:
 
     def _end(self, model: weakref.ref[LoadedModel], batcher: Batcher) -> None:
         """Wait until no request holds a model, and stop its sessions."""
-        now = time.monotonic()
-        until, collected = now + self._patience_s, now
-        while model() is not None and (now := time.monotonic()) < until:
+        began, is_collected = time.monotonic(), False
+        while model() is not None and time.monotonic() < began + self._patience_s:
             time.sleep(RETIRING_STEP_S)
-            if now - collected > COLLECT_S:
-                gc.collect()
-                collected = now
+            if not is_collected and time.monotonic() > began + GARBAGE_S:
+                gc.collect()  # a fault and its traceback may hold each other, and the model
+                is_collected = True
         batcher.close()
+        _return_memory()
         self._on_retired()
 
     def _end_retirements(self, *, wait: bool) -> None:
@@ -548,6 +549,12 @@ class Repository:
 
     def _known(self) -> str:
         return ", ".join(sorted(self.entries)) or "none"
+
+
+def _return_memory() -> None:
+    """Have the C library give freed memory back to the system, which it else keeps, in pieces (glibc only)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _unavailable(what: str, state: State, reason: str) -> UnavailableError:

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -48,6 +48,7 @@ GARBAGE_THRESHOLD = 20_000
 PATIENCE_S = 5.0
 """Beyond a request's deadline, how long it may still hold a version that has been replaced."""
 TICKS_A_SECOND = 10
+DRAIN_STEP_S = 0.02
 LAST_REQUEST_S = 0.5
 """How long an idle connection may still bring a request when the process drains.
 
@@ -138,6 +139,8 @@ class Service:
             access_log=settings.access_log,
             lifespan=self._lifespan,
         )
+        self.is_cut_off: Callable[[], bool] = lambda: False
+        """Whether somebody has asked twice for the end; the server knows."""
         self.grpc = self._grpc_front() if settings.grpc_port else None
 
     def why_not_ready(self) -> str:
@@ -175,7 +178,11 @@ class Service:
         yield
         self.operations.close()
         if self.grpc is not None:
-            await self.grpc.drained()
+            while not self.grpc.is_over and not self.is_cut_off():
+                await asyncio.sleep(DRAIN_STEP_S)
+            if not self.grpc.is_over:
+                await self.grpc.cut_off()
+                return
         await asyncio.to_thread(self.repository.close)
         self.engine.close()
         log.info("stopped")
@@ -246,6 +253,7 @@ class Server(uvicorn.Server):
         self._acceptors: list[Acceptor] = []
         self._probe_port = ProbePort(service.probes, probe_port)
         self._grpc_started = service.grpc is None
+        service.is_cut_off = lambda: self.force_exit
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections."""
@@ -433,8 +441,10 @@ def serve(settings: Settings) -> None:
         listen_for_probes(settings) or nullcontext() as probes,
         reserve_for_grpc(settings),
     ):
-        log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
-        Server(service, probes).run(sockets=[listener])
+        server = Server(service, probes)
+        with server.capture_signals():  # from before anybody is told that there is somebody to stop
+            log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
+            server.run(sockets=[listener])
     if service.fault is not None:
         raise service.fault
 

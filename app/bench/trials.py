@@ -1,5 +1,6 @@
 """What a candidate of the search does in truth: a `convoy serve` with its settings, and load on it."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -36,7 +37,8 @@ class Trials:
         self._models = folder / "models"
         versions = self._models / self._bundle.manifest.name
         versions.mkdir(parents=True)
-        (versions / self._bundle.manifest.version).symlink_to(self._bundle.directory.resolve())
+        # A copy: the service takes no link that leads out of its models directory.
+        shutil.copytree(self._bundle.directory, versions / self._bundle.manifest.version)
         self._runner = self._here.enter_context(new_runner())
         return self
 

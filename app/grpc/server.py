@@ -150,10 +150,10 @@ class Front:
         if self._server is not None and self._ending is None:
             self._ending = asyncio.ensure_future(self._end(self._server, grace_s))
 
-    async def drained(self) -> None:
-        """Wait until the drain is over."""
-        if self._ending is not None:
-            await self._ending
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is served any more: the drain is over, or nothing was ever begun."""
+        return self._server is None or (self._ending is not None and self._ending.done())
 
     async def cut_off(self) -> None:
         """End at once."""
@@ -174,7 +174,8 @@ class Front:
             await asyncio.sleep(STEP_S)
             if begun == self._calls.begun:
                 break
-        refusing = asyncio.ensure_future(server.stop(max(until - loop.time(), 0)))
+        # Longer than it will be: what is cut off below is to be known as that.
+        refusing = asyncio.ensure_future(server.stop(2 * grace_s + 1))
         await asyncio.sleep(STEP_S)
         self._calls.let_answers_go()
         self._calls.stop_reading()

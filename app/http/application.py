@@ -13,7 +13,9 @@ from app.engine import Engine
 from app.http import errors, health, models, predict, torchserve, v1, v2
 from app.http.auth import Guard, describe
 from app.http.bodies import BodyLimits
-from app.http.observe import Observe
+from app.http.connection import WholeRequest
+from app.http.direct import Front
+from app.http.observe import Observe, Record, Trace
 from app.keys import Keyring
 from app.metrics import Metrics
 from app.operations import Operations
@@ -67,9 +69,14 @@ def create_app(
 
     if keyring.guarded:
         describe(app)
+
+    def begin(request: WholeRequest, trace: Trace, record: Record) -> bool:
+        first = inferrer.begin if request.head.path.endswith("/infer") else predictor.begin
+        return first(request, trace, record)
+
     guard = Guard(
-        predict.Front(v2.Front(app, inferrer), predictor),
-        predictor.begin,
+        Front(app, [(predict.way_of, predictor.answer), (v2.way_of, inferrer.answer)]),
+        begin,
         keyring,
         [route for router in routers for route in router.routes],
     )

@@ -118,6 +118,4 @@ class Guard:
         trace = trace_of(scope)
         matches = (getattr(route, "path", "") for route in self._routes if route.matches(scope)[0] is Match.FULL)
         trace.route = next(matches, "")
-        # Who asked before sending the body may send it or not: what comes next cannot be told.
-        asked = any(name == b"expect" for name, _ in scope["headers"])
-        await send_error(fault, trace, send, closes=asked)
+        await send_error(fault, scope, send)

@@ -119,19 +119,6 @@ async def read_images(head: Head, receive: Receive, ticket: Ticket, limits: Body
     return _take_apart(head, kind, boundary, body, limits)
 
 
-def images_in(body: bytes, head: Head, ticket: Ticket, limits: BodyLimits) -> list[bytes]:
-    """Do what `read_images` does for a body that has been read, and is small.
-
-    Raises:
-        As `read_images`.
-    """
-    kind, boundary = _content_type(head)
-    if len(body) > limits.max_body_bytes:
-        raise too_large(limits.max_body_bytes)
-    ticket.hold_bytes(len(body))
-    return _take_apart(head, kind, boundary, body, limits)
-
-
 def _take_apart(head: Head, kind: str, boundary: bytes, body: bytes, limits: BodyLimits) -> list[bytes]:
     if not body:
         raise _empty(head)

@@ -178,10 +178,6 @@ class Connection(HttpToolsProtocol):
         if self._is_free() and now - self._idle_since > self.timeout_keep_alive:
             self.transport.close()
 
-    def take_body(self) -> bytes | None:
-        """Return the body of the request whose turn it is, if it has arrived whole; None: it is to be received."""
-        return self._answering.take_body() if isinstance(self._answering, WholeRequest) else None
-
     async def answer(self, status: int, headers: bytes, body: bytes) -> None:
         """Send the whole answer to the request whose turn it is, unless the client left.
 

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from app.errors import BadRequestError, ConvoyError, QueueFullError, UnauthorizedError
-from app.http.observe import Trace, trace_of
+from app.http.observe import trace_of
 
 
 def install(app: FastAPI) -> None:
@@ -33,11 +33,12 @@ def answer_to(fault: ConvoyError) -> tuple[int, list[tuple[bytes, bytes]], bytes
     return fault.status, headers, body
 
 
-async def send_error(fault: ConvoyError, trace: Trace, send: Send, *, closes: bool = False) -> None:
-    """Send the response for a fault, and leave its code in the trace; `closes`: the connection ends with it."""
-    trace.code = fault.code
+async def send_error(fault: ConvoyError, scope: Scope, send: Send) -> None:
+    """Send the response for a fault, and leave its code in the request's trace."""
+    trace_of(scope).code = fault.code
     status, headers, body = answer_to(fault)
-    if closes and not fault.closes:
+    # Who asked before sending the body, and is refused, may send it or not: what comes next cannot be told.
+    if not fault.closes and any(name == b"expect" for name, _ in scope["headers"]):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -51,7 +52,7 @@ class _ErrorResponse(Response):
         self._fault = fault
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_error(self._fault, trace_of(scope), send)
+        await send_error(self._fault, scope, send)
 
 
 async def _convoy_error(request: Request, error: Exception) -> Response:

@@ -1,13 +1,12 @@
 """`POST /predict` and its siblings: images in, labels and probabilities out.
 
-The hot path, so a plain ASGI endpoint: `Front` hands it these requests before FastAPI's stack sees them. The routes are
-FastAPI's all the same, for the OpenAPI document and for wrong methods.
+The hot path, so it goes the direct way, and one small image without a task. The routes are FastAPI's all the same,
+for the OpenAPI document and for wrong methods.
 """
 
 import json
 import re
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -16,17 +15,16 @@ from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
-from app.batcher import DEFAULT_URGENCY
 from app.engine import INLINE_BYTES, Engine, Prediction
-from app.errors import AbandonedError, BadRequestError, ConvoyError
-from app.http.bodies import RAW_TYPES, BodyLimits, Head, images_in, read_images
-from app.http.connection import Connection, RequestHead, WholeRequest, connection_of
-from app.http.errors import send_error
+from app.errors import BadRequestError
+from app.http.bodies import RAW_TYPES, BodyLimits, Head, read_images
+from app.http.connection import Connection, RequestHead, WholeRequest
+from app.http.direct import DEFAULT, Asked, Direct, admitted
 from app.http.observe import Record, Trace, trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
-from app.http.taskless import TasklessPrediction
+from app.http.taskless import Plan, TasklessPrediction
 from app.loading import LoadedModel
 from app.scores import JsonWriter
 
@@ -37,8 +35,6 @@ VERSION_ROUTE = "/models/{model}/versions/{version}/predict"
 _WAY = re.compile(r"/models/([^/]+)(?:/versions/([^/]+))?/predict")
 
 _COUNT = re.compile(r"[0-9]{1,9}")
-Asked = tuple[str | None, str | None]
-"""A model's name and version; None: the default model, the active version."""
 TopK = Annotated[int, Query(ge=1, description="How many classes to return, best first; at most the number there is.")]
 TimeoutMs = Annotated[
     int | None,
@@ -93,7 +89,7 @@ class Predictor:
         head = request.head
         if head.plan is None:
             head.plan = _plan_for(head, self._limits)
-        plan: _Plan = head.plan
+        plan: Plan = head.plan
         if not plan.is_taskless:
             return False
         model = self._engine.model(*plan.asked)
@@ -104,34 +100,15 @@ class Predictor:
         trace.route, trace.model, trace.version, trace.images = plan.route, form.name, form.version, 1
         return TasklessPrediction(request, ticket, trace, record, form, k).begin(self._engine, model)
 
-    async def answer(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read a request's images, classify them with a model, and send the answer."""
-        connection = connection_of(scope)
-        try:
-            await self._classify(asked, scope, receive, connection)
-        except ConvoyError as fault:
-            # Who asked before sending the body, and is refused, may send it or not: what comes next cannot be told.
-            expects = any(name == b"expect" for name, _ in scope["headers"])
-            await send_error(fault, trace_of(scope), send, closes=expects)
-        except AbandonedError:
-            return
-        finally:
-            connection.on_leave = None
-
-    async def _classify(self, asked: Asked, scope: Scope, receive: Receive, connection: Connection) -> None:
+    async def answer(self, scope: Scope, receive: Receive, connection: Connection) -> None:
+        """Read a request's images, classify them with the model that its path names, and send the answer."""
         trace = trace_of(scope)
+        _, asked = way_of(scope["path"]) or ("", DEFAULT)
         model = self._engine.model(*asked)
         form = self._form_of(model)
-        trace.model, trace.version = form.name, form.version
-        head = Head.of(scope["headers"])
         k = _wanted_top_k(scope["query_string"], form.classes)
-        timeout_ms = self._timeout_ms if head.timeout_ms is None else min(head.timeout_ms, self._timeout_ms)
-        with self._engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
-            connection.on_leave = ticket.abandon
-            if (body := connection.take_body()) is not None:
-                images = images_in(body, head, ticket, self._limits)
-            else:
-                images = await read_images(head, receive, ticket, self._limits)
+        with admitted(self._engine, model, scope, connection, self._timeout_ms) as (head, ticket):
+            images = await read_images(head, receive, ticket, self._limits)
             trace.images = len(images)
             prediction = await self._engine.classify(model, images, ticket)
         started = time.monotonic()
@@ -144,27 +121,16 @@ class Predictor:
         return self._forms.get(model) or self._forms.setdefault(model, _Form(model))
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the head of a request says about its prediction; `is_taskless`: its body is one small image."""
-
-    is_taskless: bool
-    route: str = ""
-    asked: Asked = (None, None)
-    timeout_ms: int | None = None
-    urgency: int = DEFAULT_URGENCY
-
-
-def _plan_for(request: RequestHead, limits: BodyLimits) -> _Plan:
-    way = _way_of(request.path)
+def _plan_for(request: RequestHead, limits: BodyLimits) -> Plan:
+    way = way_of(request.path)
     try:
         head = Head.of(request.headers)
     except BadRequestError:
-        return _Plan(is_taskless=False)
+        return Plan(is_taskless=False)
     is_image = head.content_type in RAW_TYPES and head.content_encoding == "identity"
     if way is None or not is_image or not 0 < request.body_bytes <= min(limits.max_body_bytes, INLINE_BYTES):
-        return _Plan(is_taskless=False)
-    return _Plan(True, *way, head.timeout_ms, head.urgency)
+        return Plan(is_taskless=False)
+    return Plan(True, *way, head.timeout_ms, head.urgency)
 
 
 class _Form:
@@ -193,56 +159,16 @@ class _Form:
         return headers.encode(), f'{self._start},"results":[{results}]}}'.encode()
 
 
-class Front:
-    """The application as the server sees it: predictions go straight to their endpoint, all else to FastAPI.
-
-    On 32×32 JPEGs FastAPI's stack took half of the event loop's time of a request.
-    """
-
-    def __init__(self, app: ASGIApp, predictor: Predictor) -> None:
-        self._app = app
-        self._predictor = predictor
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the lifespan."""
-        if scope["type"] == "http" and scope["method"] == "POST" and (way := _way_of(scope["path"])):
-            trace_of(scope).route, asked = way
-            await self._predictor.answer(asked, scope, receive, send)
-            return
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            await self._head(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer HEAD as GET, which load balancers expect of a probe; the server leaves the body out."""
-        as_get = {**scope, "method": "GET"}
-        await self._app(as_get, receive, send)
-        scope["route"] = as_get.get("route")
-
-
 @lru_cache(maxsize=1024)
-def _way_of(path: str) -> tuple[str, Asked] | None:
+def way_of(path: str) -> tuple[str, Asked] | None:
     """Return a prediction's route, and what its path asks for; None: it is none."""
     if path == ROUTE:
-        return ROUTE, (None, None)
+        return ROUTE, DEFAULT
     found = _WAY.fullmatch(path)
     if found is None:
         return None
     name, version = found.groups()
     return MODEL_ROUTE if version is None else VERSION_ROUTE, (name, version)
-
-
-class _Direct(Response):
-    """What a route's function returns to have the predictor answer by itself."""
-
-    def __init__(self, predictor: Predictor, asked: Asked) -> None:
-        super().__init__()
-        self._predictor = predictor
-        self._asked = asked
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._predictor.answer(self._asked, scope, receive, send)
 
 
 def routes(predictor: Predictor) -> APIRouter:
@@ -256,17 +182,17 @@ def routes(predictor: Predictor) -> APIRouter:
 
     @router.post(ROUTE, summary="Classify with the default model", **documented)
     async def predict(top_k: TopK | None = None, timeout_ms: TimeoutMs = None) -> Response:
-        return _Direct(predictor, (None, None))
+        return Direct(predictor.answer)
 
     @router.post(MODEL_ROUTE, summary="Classify with a model", **documented)
     async def predict_with(model: str, top_k: TopK | None = None, timeout_ms: TimeoutMs = None) -> Response:
-        return _Direct(predictor, (model, None))
+        return Direct(predictor.answer)
 
     @router.post(VERSION_ROUTE, summary="Classify with a version of a model, or an alias", **documented)
     async def predict_with_version(
         model: str, version: str, top_k: TopK | None = None, timeout_ms: TimeoutMs = None
     ) -> Response:
-        return _Direct(predictor, (model, version))
+        return Direct(predictor.answer)
 
     return router
 

@@ -6,13 +6,16 @@ simple, or goes wrong at once, is `predict.py`'s, in ASGI's way; here a request 
 
 import logging
 import time
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol, cast
 
 from app.admission import Ticket
-from app.engine import Engine, GiveUp, Prediction
+from app.batcher import DEFAULT_URGENCY
+from app.engine import GiveUp, Prediction, Tell
 from app.errors import AbandonedError, ConvoyError, UnavailableError
 from app.http.connection import WholeRequest
+from app.http.direct import DEFAULT, Asked
 from app.http.errors import answer_to
 from app.http.observe import BROKEN, CUT_OFF, Record, Trace
 from app.loading import LoadedModel
@@ -26,6 +29,33 @@ class Form(Protocol):
     def fill(self, prediction: Prediction, k: int, request_id: str) -> tuple[bytes, bytes]:
         """Return the headers, lines that end in CRLF, and the body of an answer."""
         ...
+
+
+class Starter(Protocol):
+    """Has a request run: the engine, or who knows more of the request."""
+
+    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+        """See `Engine.begin`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the head of a request says, which is the same for all that have it.
+
+    Attributes:
+        is_taskless: nothing in it speaks against answering without a task.
+        route: the route's template.
+        asked: the model and version in its path.
+        timeout_ms: the deadline that it asks for, milliseconds; None: the server's.
+        urgency: 0 (first) to 7 (last).
+    """
+
+    is_taskless: bool
+    route: str = ""
+    asked: Asked = DEFAULT
+    timeout_ms: int | None = None
+    urgency: int = DEFAULT_URGENCY
 
 
 class TasklessPrediction:
@@ -45,7 +75,7 @@ class TasklessPrediction:
         self._k = k
         self._give_up: GiveUp | None = None
 
-    def begin(self, engine: Engine, model: LoadedModel) -> bool:
+    def begin(self, engine: Starter, model: LoadedModel) -> bool:
         """Decode the image and put it in line; False: that cannot be done here, and nothing is held."""
         request, ticket = self._request, self._ticket
         ticket.open(self._leave)

@@ -7,7 +7,8 @@ are `app/v2/`'s; this room has the paths, the headers and the statuses.
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -16,16 +17,18 @@ from weakref import WeakKeyDictionary
 from fastapi import APIRouter, Depends, Header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
-from app.engine import Engine
+from app.admission import Ticket
+from app.engine import Engine, GiveUp, Prediction, Tell
 from app.errors import BadRequestError, NotOfferedError, UnavailableError
-from app.http.bodies import BodyLimits, read_body, too_large
-from app.http.connection import Connection
-from app.http.direct import Direct, admitted, answer_directly
-from app.http.observe import trace_of
+from app.http.bodies import BodyLimits, Head, read_body, too_large
+from app.http.connection import Connection, RequestHead, WholeRequest
+from app.http.direct import Direct, admitted
+from app.http.observe import Record, Trace, trace_of
 from app.http.schemas import ErrorResponse
-from app.http.v2_messages import Writer, cost_of, deflate, inflate, json_object, parse
+from app.http.taskless import Plan, TasklessPrediction
+from app.http.v2_messages import SMALL_JSON, Message, Writer, cost_of, deflate, deflate_now, inflate, json_object, parse
 from app.http.v2_schemas import (
     INDEX_BODY,
     INFER_BODY,
@@ -49,7 +52,7 @@ from app.operations import Operations
 from app.probes import Probes
 from app.repository import Repository
 from app.v2 import metadata
-from app.v2.inference import SLOW_ELEMENTS, infer
+from app.v2.inference import SLOW_ELEMENTS, SmallRequest, infer, small_request
 
 MODEL = "/v2/models/{model}"
 VERSION = MODEL + "/versions/{version}"
@@ -58,7 +61,7 @@ MAX_DOCUMENT_BYTES = 65_536
 """Body of a request that is no inference."""
 _LENGTH_HEADER = b"inference-header-content-length"
 
-Asked = tuple[str, str | None]
+Named = tuple[str, str | None]
 """A model's name, and the version if one is asked for."""
 JsonLength = Annotated[
     int | None,
@@ -89,21 +92,40 @@ class Inferrer:
         self._timeout_ms = timeout_ms
         self._writers: WeakKeyDictionary[LoadedModel, Writer] = WeakKeyDictionary()
 
+    def begin(self, request: WholeRequest, trace: Trace, record: Record) -> bool:
+        """Begin to answer a whole request without a task; False: it is not one for that.
+
+        Raises:
+            Exception: whatever went wrong before there was anything to wait for. Nothing is held, and `answer` meets
+                it again.
+        """
+        head = request.head
+        if head.plan is None:
+            head.plan = _plan_for(head, self._limits)
+        plan: _Plan = head.plan
+        if not plan.is_taskless:
+            return False
+        model = self._engine.model(*plan.asked)
+        message = parse(request.body, plan.json_length, model)
+        small = small_request(model, message.request, self._limits.max_images)
+        if small is None:
+            return False
+        timeout_ms = self._timeout_ms if plan.timeout_ms is None else min(plan.timeout_ms, self._timeout_ms)
+        ticket = self._engine.admit(model, trace.started + timeout_ms / 1000, plan.urgency)
+        trace.route, trace.model, trace.version, trace.images = plan.route, model.name, model.version, small.rows
+        answering = _Taskless(self._engine, small, message, self._writer_of(model), plan.accepted)
+        return TasklessPrediction(request, ticket, trace, record, answering, 0).begin(answering, model)
+
     async def answer(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         """Read a request, whose path names the model, run it, and send the answer."""
         trace = trace_of(scope)
-        _, name, version = way_of(scope["path"]) or ("", "", None)
-        model = self._engine.model(name, version)
-        writer = self._writers.get(model) or self._writers.setdefault(model, Writer(model))
-        header_length, accepted = _more_of(scope)
+        _, asked = way_of(scope["path"]) or ("", ("", None))
+        model = self._engine.model(*asked)
+        writer = self._writer_of(model)
+        header_length, accepted = _more_of(scope["headers"])
         limit = self._limits.max_body_bytes
         with admitted(self._engine, model, scope, connection, self._timeout_ms) as (head, ticket):
-            if (body := connection.take_body()) is None:
-                body = await read_body(head, receive, ticket, limit)
-            elif len(body) > limit:
-                raise too_large(limit)
-            else:
-                ticket.hold_bytes(len(body))
+            body = await read_body(head, receive, ticket, limit)
             if head.content_encoding != "identity":
                 body = await inflate(body, head.content_encoding, ticket, limit)
             if cost := cost_of(body if header_length is None else memoryview(body)[:header_length]):
@@ -116,45 +138,67 @@ class Inferrer:
         else:
             answer, json_length = writer.write(response, message)
         answer, encoding = await deflate(answer, accepted)
-        stages = response.stages
-        headers = (
-            f"content-type: {'application/octet-stream' if json_length else 'application/json'}\r\n{writer.headers}"
-            f"x-request-id: {trace.request_id}\r\nserver-timing: decode;dur={stages.decode_s * 1000:.2f}, "
-            f"queue;dur={stages.queue_s * 1000:.2f}, infer;dur={stages.infer_s * 1000:.2f}\r\n"
-        )
-        if json_length:
-            headers += f"inference-header-content-length: {json_length}\r\n"
-        if encoding:
-            headers += f"content-encoding: {encoding}\r\nvary: accept-encoding\r\n"
+        headers = writer.head(response.stages, trace.request_id, json_length, encoding)
         model.metrics.post.observe(time.monotonic() - response.ran_at)
         trace.status = HTTPStatus.OK
-        await connection.answer(HTTPStatus.OK, headers.encode(), answer)
+        await connection.answer(HTTPStatus.OK, headers, answer)
+
+    def _writer_of(self, model: LoadedModel) -> Writer:
+        return self._writers.get(model) or self._writers.setdefault(model, Writer(model))
 
 
-class Front:
-    """Hands inference requests straight to their endpoint, all else to the application behind it."""
+class _Taskless:
+    """A small request on its way without a task: how it is run, and how its answer is written."""
 
-    def __init__(self, app: ASGIApp, inferrer: Inferrer) -> None:
-        self._app = app
-        self._inferrer = inferrer
+    __slots__ = ("_accepted", "_engine", "_message", "_small", "_writer")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the lifespan."""
-        if scope["type"] == "http" and scope["method"] == "POST" and (way := way_of(scope["path"])):
-            trace_of(scope).route = way[0]
-            await answer_directly(self._inferrer.answer, scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+    def __init__(self, engine: Engine, small: SmallRequest, message: Message, writer: Writer, accepted: str) -> None:
+        self._engine = engine
+        self._small = small
+        self._message = message
+        self._writer = writer
+        self._accepted = accepted
+
+    def begin(self, model: LoadedModel, body: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+        """Have it run."""
+        return self._small.begin(self._engine, ticket, tell)
+
+    def fill(self, prediction: Prediction, k: int, request_id: str) -> tuple[bytes, bytes]:
+        """Return the headers, lines that end in CRLF, and the body of the answer."""
+        answer, json_length = self._writer.write(self._small.respond(prediction), self._message)
+        answer, encoding = deflate_now(answer, self._accepted)
+        return self._writer.head(prediction.stages, request_id, json_length, encoding), answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan(Plan):
+    """What the head of an inference request says."""
+
+    json_length: int | None = None
+    accepted: str = ""
+
+
+def _plan_for(request: RequestHead, limits: BodyLimits) -> _Plan:
+    way = way_of(request.path)
+    try:
+        head = Head.of(request.headers)
+        json_length, accepted = _more_of(request.headers)
+    except BadRequestError:
+        return _Plan(is_taskless=False)
+    is_small = 0 < request.body_bytes <= min(limits.max_body_bytes, SMALL_JSON)
+    if way is None or not is_small or head.content_encoding != "identity":
+        return _Plan(is_taskless=False)
+    return _Plan(True, *way, head.timeout_ms, head.urgency, json_length, accepted)
 
 
 @lru_cache(maxsize=1024)
-def way_of(path: str) -> tuple[str, str, str | None] | None:
-    """Return route, model's name and version of an inference request's path; None: it is none."""
+def way_of(path: str) -> tuple[str, Named] | None:
+    """Return an inference request's route, and what its path asks for; None: it is none."""
     found = _WAY.fullmatch(path)
     if found is None:
         return None
     name, version = found.groups()
-    return f"{MODEL if version is None else VERSION}/infer", name, version
+    return f"{MODEL if version is None else VERSION}/infer", (name, version)
 
 
 def routes(
@@ -199,25 +243,25 @@ def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metri
         return Statistics(**metadata.statistics(metadata.served(repository), metrics))
 
 
-def _by_name(model: str) -> Asked:
+def _by_name(model: str) -> Named:
     return model, None
 
 
-def _by_version(model: str, version: str) -> Asked:
+def _by_version(model: str, version: str) -> Named:
     return model, version
 
 
 def _add_model_routes(
     router: APIRouter,
     prefix: str,
-    asked: Callable[..., Asked],
+    asked: Callable[..., Named],
     engine: Engine,
     repository: Repository,
     metrics: Metrics,
     inferrer: Inferrer,
 ) -> None:
     """Add the routes of one model; `asked` takes its name, and its version, from the path."""
-    Chosen = Annotated[Asked, Depends(asked)]  # noqa: N806 - a type
+    Chosen = Annotated[Named, Depends(asked)]  # noqa: N806 - a type
 
     @router.get(prefix, summary="Model metadata", responses=_ANY_FAULT)
     async def described(chosen: Chosen) -> ModelMetadata:
@@ -339,14 +383,14 @@ def _readiness(content: dict[str, Any], reason: str) -> Response:
     return JSONResponse(content | {"error": reason, "code": "unavailable"}, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def _more_of(scope: Scope) -> tuple[int | None, str]:
+def _more_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, str]:
     """Return the headers Inference-Header-Content-Length and Accept-Encoding.
 
     Raises:
         BadRequestError: the first is no whole number.
     """
     length, accepted = None, ""
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == _LENGTH_HEADER:
             if not value.isdigit() or len(value) > 18:
                 shown = value[:40].decode("latin-1")

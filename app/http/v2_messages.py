@@ -14,6 +14,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from app.admission import Ticket
+from app.engine import Stages
 from app.errors import BadRequestError, BodyTooLargeError, TooLargeError, UnsupportedMediaTypeError
 from app.loading import LoadedModel
 from app.tensors import VARIABLE
@@ -150,7 +151,7 @@ class Writer:
     """Writes the answers of one model; what is the same in every answer is serialised once."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.headers = f"x-model-digest: {model.digest}\r\nx-provider: {model.provider}\r\n"
+        self._headers = f"x-model-digest: {model.digest}\r\nx-provider: {model.provider}\r\n"
         self._start = f'{{"model_name":{json.dumps(model.name)},"model_version":{json.dumps(model.version)}'
         self._names = {spec.name: json.dumps(spec.name, ensure_ascii=False) for spec in model.outputs}
 
@@ -175,20 +176,34 @@ class Writer:
         head = f'{self._start}{identifier},"outputs":[{",".join(described)}]}}'.encode()
         return (b"".join([head, *tail]), len(head)) if tail else (head, 0)
 
+    def head(self, stages: Stages, request_id: str, json_length: int, encoding: str) -> bytes:
+        """Return the headers of an answer, lines that end in CRLF."""
+        lines = (
+            f"content-type: {'application/octet-stream' if json_length else 'application/json'}\r\n{self._headers}"
+            f"x-request-id: {request_id}\r\nserver-timing: decode;dur={stages.decode_s * 1000:.2f}, "
+            f"queue;dur={stages.queue_s * 1000:.2f}, infer;dur={stages.infer_s * 1000:.2f}\r\n"
+        )
+        if json_length:
+            lines += f"inference-header-content-length: {json_length}\r\n"
+        if encoding:
+            lines += f"content-encoding: {encoding}\r\nvary: accept-encoding\r\n"
+        return lines.encode()
+
 
 async def deflate(body: bytes, accepted: str) -> tuple[bytes, str]:
     """Return an answer's body in an encoding that the client accepts, and that encoding; empty: as it is."""
+    if len(body) > COMPRESS_IN_THREAD:
+        return await asyncio.to_thread(deflate_now, body, accepted)
+    return deflate_now(body, accepted)
+
+
+def deflate_now(body: bytes, accepted: str) -> tuple[bytes, str]:
+    """Do what `deflate` does at once."""
     encoding = _wanted_encoding(accepted) if accepted and len(body) >= MIN_COMPRESSED else ""
     if not encoding:
         return body, ""
-    if len(body) > COMPRESS_IN_THREAD:
-        return await asyncio.to_thread(_compress, body, encoding), encoding
-    return _compress(body, encoding), encoding
-
-
-def _compress(body: bytes, encoding: str) -> bytes:
     compressor = zlib.compressobj(1, wbits=_ENCODINGS[encoding])
-    return compressor.compress(body) + compressor.flush()
+    return compressor.compress(body) + compressor.flush(), encoding
 
 
 def _wanted_encoding(accepted: str) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from app.admission import Ticket
 from app.batcher import DEFAULT_URGENCY, LAST_URGENCY
-from app.engine import Engine, Stages
+from app.engine import Engine, GiveUp, Prediction, Stages, Tell
 from app.errors import BadRequestError, TooLargeError
 from app.loading import LoadedModel
 from app.scores import best
@@ -23,6 +23,7 @@ from app.tensors import DATATYPES, Array, TensorSpec
 from app.v2.tensors import Data, Tensor, to_array, to_objects, to_strings
 
 Scores = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
 
 LEVELS = LAST_URGENCY + 1
 """Levels of `priority`, 1 the highest."""
@@ -31,6 +32,8 @@ MAX_SIZE = 2**63 - 1
 MAX_MICROSECONDS = 10**12
 SLOW_ELEMENTS, SLOW_BYTES = 20_000, 1_000_000
 """More values, or bytes of strings, are turned into arrays off the event loop: 20,000 take 2 ms."""
+_FORM_PARAMETERS = frozenset({"binary_data_output"})
+"""Parameters that say nothing about how a request is run."""
 _OF_STREAMS = "triton_enable_empty_final_response"
 _SHARED_MEMORY = "shared_memory_region"
 
@@ -120,9 +123,74 @@ async def infer(
         arrays, stages = inference.outputs, inference.stages
         stages.decode_s = decode_s
         rows = len(inputs[0]) if model.max_batch else 1
+    return _respond(model, request.id, wanted, arrays, rows, stages)
+
+
+@dataclass(slots=True)
+class SmallRequest:
+    """A request to a classifier that was checked, and is small enough to be answered without a task.
+
+    Attributes:
+        model: that it is for.
+        rows: how many rows it has.
+        data: one encoded image, or uint8 pixels `[rows, height, width, 3]`.
+        id, wanted: as the answer needs them.
+    """
+
+    model: LoadedModel
+    rows: int
+    data: bytes | Array
+    id: str
+    wanted: list[tuple[int, TensorSpec, int]]
+
+    def begin(self, engine: Engine, ticket: Ticket, tell: Tell) -> GiveUp | None:
+        """Have it run; see `Engine.begin`."""
+        if isinstance(self.data, bytes):
+            return engine.begin(self.model, self.data, ticket, tell)
+        return engine.begin_pixels(self.model, cast(Pixels, self.data), ticket, tell)
+
+    def respond(self, prediction: Prediction) -> InferResponse:
+        """Return the answer."""
+        return _respond(self.model, self.id, self.wanted, (prediction.probabilities,), self.rows, prediction.stages)
+
+
+def small_request(model: LoadedModel, request: InferRequest, max_rows: int) -> SmallRequest | None:
+    """Do the checks of `infer` for a request that may need no task; None: it needs one.
+
+    Raises:
+        As `infer`, of what is wrong with the request itself.
+    """
+    if model.manifest is None or not request.parameters.keys() <= _FORM_PARAMETERS:
+        return None
+    wanted = _wanted(model, request.outputs)
+    tensors = _in_order(model, request.inputs)
+    data: bytes | Array
+    if tensors[0].datatype == "BYTES":
+        images = _images(tensors[0], max_rows)
+        rows, data = len(images), images[0]
+        if rows > 1:
+            return None
+    else:
+        shape = _shape_for(model.inputs[0], tensors[0], model)
+        rows = shape[0]
+        if not isinstance(tensors[0].data, bytes | memoryview):
+            return None
+        _refuse_many_rows(rows, max_rows)
+        data = to_array(tensors[0].name, tensors[0].datatype, shape, tensors[0].data)
+    return SmallRequest(model, rows, data, request.id, wanted)
+
+
+def _respond(
+    model: LoadedModel,
+    identifier: str,
+    wanted: Sequence[tuple[int, TensorSpec, int]],
+    arrays: Sequence[Array],
+    rows: int,
+    stages: Stages,
+) -> InferResponse:
     ran_at = time.monotonic()
     outputs = [_output(model, spec, arrays[place], classes) for place, spec, classes in wanted]
-    return InferResponse(model, request.id, outputs, rows, stages, ran_at)
+    return InferResponse(model, identifier, outputs, rows, stages, ran_at)
 
 
 def urgency_of(priority: int) -> int:

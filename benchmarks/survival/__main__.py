@@ -1,6 +1,6 @@
 """Run the scenarios, print a table, keep the figures.
 
-All of them take about 45 minutes, most of it the two soaks: `python -m benchmarks.survival`; a part, for a look:
+All of them take about 50 minutes, most of it the two soaks: `python -m benchmarks.survival`; a part, for a look:
 `python -m benchmarks.survival --only overload --seconds 10`.
 """
 
@@ -27,6 +27,7 @@ SCENARIOS = {
     "stop": "SIGTERM under full load",
     "kill": "kill -9 of one of several workers",
     "swap": "hot swaps under full load",
+    "swap50": "fifty hot swaps under full load: memory",
     "quota": "CPU quotas of 0.5 and 1.5",
     "soak": "fifteen minutes of everything, one worker",
     "soak2": "fifteen minutes of everything, two workers",

@@ -1,8 +1,9 @@
-"""Hot swaps under full load: nobody fails, latencies hold, a connection sees each once, and memory does not grow."""
+"""Hot swaps under full load: nobody fails, latencies hold, and every connection sees each of them once."""
 
 import asyncio
 import itertools
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -21,11 +22,11 @@ from benchmarks.survival.service import ROOT, Service, serving
 
 CLIENTS = 8
 """Each waits for its answer, then asks again: all processors are busy, and nobody is turned away."""
-PAUSE_S = 1.0
-EARLY, LATE = 5, 50
+MANY, EVERY = 50, 5
+"""Swaps at most, and after how many of them the service is looked at."""
 SETTLE_S = 2.0
-"""Before memory is read, so that what was replaced is gone, and several requests of each client have been answered."""
-P99_RATIO, RSS_GROWTH = 2.0, 0.05
+"""Before that, so that what was replaced is gone, and several requests of each client have been answered."""
+P99_RATIO = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,46 +39,48 @@ class Answer:
     version: str
 
 
-def run(seconds: float = 20.0, model: str = PHOTO, swaps: int = LATE) -> Finding:
-    """Load the service for `seconds`, then for as long with a swap after the other, and on until there were enough."""
+def run(seconds: float = 18.0) -> Finding:
+    """Load the service for `seconds`, and then for as long with a swap after the other."""
     finding = Finding()
+    load = swapped(seconds, until_s=2 * seconds)
+    during = [
+        answer
+        for answer in load.answers
+        if any(answer.ended_s > begin and answer.sent_s < end for begin, end in load.spans)
+    ]
+    calm_ms = [1000 * (answer.ended_s - answer.sent_s) for answer in load.answers if answer.ended_s < load.spans[0][0]]
+    during_ms = [1000 * (answer.ended_s - answer.sent_s) for answer in during if answer.version]
+    judge_answers(finding, load)
+    finding.told("p99 without swaps", p99(calm_ms), "ms")
+    finding.told("p99 of requests that were inside during a swap", p99(during_ms), "ms")
+    finding.at_most("p99 during swaps to p99 without", p99(during_ms) / p99(calm_ms), P99_RATIO)
+    finding.told("a swap takes, median", sorted(end - begin for begin, end in load.spans)[len(load.spans) // 2], "s")
+    finding.evidence = {"model": PHOTO, "clients": CLIENTS, "answers_during_swaps": len(during)}
+    return finding
+
+
+def judge_answers(finding: Finding, load: "Load") -> None:
+    """Add what holds whatever else is looked at: nobody failed, and nobody was sent back to an older version."""
+    finding.told("requests", len(load.answers))
+    finding.told("swaps", len(load.spans))
+    finding.exactly("requests that failed", sum(not answer.version for answer in load.answers), 0)
+    finding.exactly("connections that saw a version twice, or out of turn", out_of_turn(load.answers), 0)
+    finding.exactly("exit status", load.status, 0)
+
+
+def swapped(calm_s: float, *, until_s: float = math.inf, swaps: int = MANY) -> "Load":
+    """Load a service of its own, calmly at first, then with swaps until a time or a number is reached."""
     with tempfile.TemporaryDirectory(prefix="convoy-swap-") as scratch:
         key, line = make_key("benchmark", frozenset(Access))
         keys = Path(scratch, "keys.txt")
         keys.write_text(line + "\n")
         models = Path(scratch, "models")
-        put_version(models, model, 1)
+        put_version(models, PHOTO, 1)
         with serving(models=models, keys=keys) as service, new_runner() as runner:
-            swapping = _Swapping(service, models, model, key)
-            answers, steady, spans = runner.run(swapping.run(seconds, swaps))
-            status = service.end()
-    during = [
-        answer for answer in answers if any(answer.ended_s > begin and answer.sent_s < end for begin, end in spans)
-    ]
-    steady_ms = [1000 * (answer.ended_s - answer.sent_s) for answer in answers if answer.ended_s < steady]
-    during_ms = [1000 * (answer.ended_s - answer.sent_s) for answer in during if answer.version]
-    finding.told("requests", len(answers))
-    finding.exactly("requests that failed", sum(not answer.version for answer in answers), 0)
-    finding.exactly("connections that saw a version twice, or out of turn", out_of_turn(answers), 0)
-    finding.told("p99 without swaps", p99(steady_ms), "ms")
-    finding.told("p99 of requests that were inside during a swap", p99(during_ms), "ms")
-    finding.at_most("p99 during swaps to p99 without", p99(during_ms) / p99(steady_ms), P99_RATIO)
-    finding.told("a swap takes, median", sorted(end - begin for begin, end in spans)[len(spans) // 2], "s")
-    early, late = (swapping.rss[min(count, swaps)] for count in (EARLY, LATE))
-    finding.told(f"memory after {EARLY} swaps", early / 1e6, "MB")
-    finding.at_most(f"growth of memory from swap {EARLY} to swap {min(LATE, swaps)}", late / early - 1, RSS_GROWTH)
-    finding.exactly("exit status", status, 0)
-    finding.evidence = {
-        "model": model,
-        "clients": CLIENTS,
-        "swaps": len(spans),
-        "peak_rss_mb": round(swapping.peak / 1e6, 1),
-        "rss_mb_by_swaps": {count: round(size / 1e6, 1) for count, size in swapping.rss.items()},
-        "threads_by_swaps": swapping.threads,
-        "descriptors_by_swaps": swapping.descriptors,
-        "answers_during_swaps": len(during),
-    }
-    return finding
+            load = Load(service, models, PHOTO, key)
+            runner.run(load.run(calm_s, until_s, swaps))
+            load.status = service.end()
+    return load
 
 
 def put_version(models: Path, model: str, version: int) -> None:
@@ -100,42 +103,45 @@ def out_of_turn(answers: Sequence[Answer]) -> int:
     return sum(versions != sorted(versions) for versions in seen)
 
 
-class _Swapping:
-    """The load, the swaps, and what the service holds after some of them."""
+class Load:
+    """The clients and the swaps.
+
+    Attributes:
+        answers: what the clients saw.
+        spans: beginning and end of each swap, as whoever asked for it saw them.
+        held: by number of swaps, what the service held then: bytes of memory, threads, descriptors.
+        peak_bytes: the most memory that it was seen to hold.
+        status: its exit status.
+    """
 
     def __init__(self, service: Service, models: Path, model: str, key: str) -> None:
         self._service, self._models, self._model, self._key = service, models, model, key
         self._over = asyncio.Event()
-        self.rss: dict[int, int] = {}
-        self.threads: dict[int, int] = {}
-        self.descriptors: dict[int, int] = {}
-        self.peak = 0
+        self.answers: list[Answer] = []
+        self.spans: list[tuple[float, float]] = []
+        self.held: dict[int, tuple[int, int, int]] = {}
+        self.peak_bytes = 0
+        self.status = -1
 
-    async def run(self, seconds: float, swaps: int) -> tuple[list[Answer], float, list[tuple[float, float]]]:
-        """Return all answers, when the time without swaps ended, and beginning and end of the swaps that count."""
-        answers: list[Answer] = []
+    async def run(self, calm_s: float, until_s: float, swaps: int) -> None:
+        """Let clients ask; swap after `calm_s`, until `until_s` from the beginning or so many times."""
+        began = time.monotonic()
         requests = build_requests(Endpoint.of(self._service.url, self._model), photos(), api_key=self._key)
-        clients = [asyncio.create_task(self._client(number, requests, answers)) for number in range(CLIENTS)]
+        clients = [asyncio.create_task(self._client(number, requests)) for number in range(CLIENTS)]
         watching = asyncio.create_task(self._watch())
-        await asyncio.sleep(seconds)
-        steady = time.monotonic()
-        spans: list[tuple[float, float]] = []
-        for count in range(1, swaps + 1):
-            await asyncio.to_thread(put_version, self._models, self._model, count + 1)
+        await asyncio.sleep(calm_s)
+        while len(self.spans) < swaps and time.monotonic() < began + until_s:
+            await asyncio.to_thread(put_version, self._models, self._model, len(self.spans) + 2)
             begin = time.monotonic()
             await asyncio.to_thread(self._load)
-            spans.append((begin, time.monotonic()))
-            await asyncio.to_thread(shutil.rmtree, self._models / self._model / str(count))
-            if time.monotonic() < steady + seconds:
-                await asyncio.sleep(PAUSE_S)
-            if count % 5 == 0 or count == swaps:
+            self.spans.append((begin, time.monotonic()))
+            await asyncio.to_thread(shutil.rmtree, self._models / self._model / str(len(self.spans)))
+            if len(self.spans) % EVERY == 0:
                 await asyncio.sleep(SETTLE_S)
-                self.rss[count] = self._service.rss_bytes()
-                self.threads[count] = len(list(Path(f"/proc/{self._service.pid}/task").iterdir()))
-                self.descriptors[count] = self._service.descriptors()
+                threads = len(list(Path(f"/proc/{self._service.pid}/task").iterdir()))
+                self.held[len(self.spans)] = self._service.rss_bytes(), threads, self._service.descriptors()
         self._over.set()
         await asyncio.gather(*clients, watching)
-        return answers, steady, spans
 
     def _load(self) -> None:
         url = f"{self._service.url}/models/{self._model}/load"
@@ -145,10 +151,10 @@ class _Swapping:
 
     async def _watch(self) -> None:
         while not self._over.is_set():
-            self.peak = max(self.peak, self._service.rss_bytes())
+            self.peak_bytes = max(self.peak_bytes, self._service.rss_bytes())
             await asyncio.sleep(0.05)
 
-    async def _client(self, number: int, requests: Sequence[bytes], answers: list[Answer]) -> None:
+    async def _client(self, number: int, requests: Sequence[bytes]) -> None:
         wire = await Wire.open(self._service.url)
         for request in itertools.cycle(requests):
             if self._over.is_set():
@@ -162,4 +168,4 @@ class _Swapping:
             except (OSError, EOFError):
                 wire.leave()
                 wire = await Wire.open(self._service.url)
-            answers.append(Answer(number, sent, time.monotonic(), version))
+            self.answers.append(Answer(number, sent, time.monotonic(), version))

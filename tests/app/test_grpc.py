@@ -245,9 +245,9 @@ def test_a_refused_request_is_freed_with_its_answer(tmp_path):
     with convoy(tmp_path / "models", tmp_path / "log", grpc_port=port) as server, Caller(port) as caller:
         caller.refusal(big)
         before = server.metrics()["process_resident_memory_bytes"]
-        for _ in range(20):
+        for _ in range(40):
             assert "raw_input_contents" in caller.refusal(big).details()
-        assert server.metrics()["process_resident_memory_bytes"] - before < 60_000_000  # of 160 that came
+        assert server.metrics()["process_resident_memory_bytes"] - before < 160_000_000  # of 320 that came
 
 
 def test_a_message_beyond_the_limit_is_refused_unpacked_or_not(caller):
@@ -503,6 +503,40 @@ def test_a_drain_answers_what_is_inside_and_waits_for_no_watcher(tmp_path):
             next(stream)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and "stopping" in caught.value.details()
         asked.set()
+
+
+def test_a_second_signal_cuts_off_what_still_runs(tmp_path):
+    make_bundle(tmp_path / "models", "slow", slow=True)
+    port = free_port()
+    settings = {"grpc_port": port, "sessions": 1, "max_batch": 1, "drain_timeout_s": 600}
+    with convoy(tmp_path / "models", tmp_path / "log", **settings) as server, Caller(port) as caller:
+        wait_for(lambda: messages(server, "listening for gRPC"))
+        # Far more than the test waits for: 8 calls of 32 images, 0.1 s each, one at a time.
+        calls = [
+            caller.method("ModelInfer", pb.ModelInferResponse).future(images(*[RED] * 32, model="slow"))
+            for _ in range(8)
+        ]
+        wait_for(lambda: server.metrics()['convoy_inflight_requests{model="slow"}'] == 8)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(2)
+        assert server.stop(signal_number=signal.SIGINT, timeout_s=15) == 0
+        assert {call.code() for call in calls} <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+        assert grpc.StatusCode.UNAVAILABLE in {call.code() for call in calls}
+        assert [line["status"] for line in server.lines() if line.get("code") == "draining"] != []
+
+
+def test_what_outlasts_the_drain_is_cut_off_and_counted_so(tmp_path):
+    make_bundle(tmp_path / "models", "slow", slow=True)
+    port = free_port()
+    settings = {"grpc_port": port, "sessions": 1, "max_batch": 1, "drain_timeout_s": 1}
+    with convoy(tmp_path / "models", tmp_path / "log", **settings) as server, Caller(port) as caller:
+        wait_for(lambda: messages(server, "listening for gRPC"))
+        call = caller.method("ModelInfer", pb.ModelInferResponse).future(images(*[RED] * 64, model="slow"))
+        wait_for(lambda: server.metrics()['convoy_inflight_requests{model="slow"}'] == 1)
+        assert server.stop(timeout_s=60) == 0
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
+        assert [line["status"] for line in server.lines() if line.get("code") == "draining"] == [503]
 
 
 def idle_after(file: bytes, done: threading.Event) -> Iterator[pb.ModelInferRequest]:

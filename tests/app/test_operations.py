@@ -235,6 +235,22 @@ def test_an_alias_is_moved_and_stays_where_it_was_if_its_new_version_is_broken(m
         assert answer_of(server.client) == "2", "of the latest, the newest that loads"
 
 
+def test_a_version_whose_directory_is_taken_away_goes_unless_it_is_named(models):
+    make_version(models, "2")
+    policy = models / "colours/versions.toml"
+    policy.write_text("aliases = {stable = '1'}\n")
+    with operated(models) as server:
+        ask(server, "/models/colours/versions/1/load")
+        shutil.rmtree(models / "colours/1")
+        assert "colours/1 is not there any more." in ask(server, "/models/colours/versions/2/load", 409)["error"]
+        assert answer_of(server.client, "/models/colours/versions/stable/predict") == "1"
+        policy.unlink()
+        assert ask(server, "/models/colours/versions/2/load")["reason"] == ""
+        assert server.client.post("/models/colours/versions/1/predict", content=RED).status_code == 404
+        assert answer_of(server.client) == "2"
+        wait_for(lambda: states(server) == {"2": "ready"})
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_unload_and_load_of_the_default_model(models, workers):
     make_version(models, "1", "other")
@@ -455,3 +471,40 @@ def test_swaps_leave_no_threads_descriptors_or_series_behind(models):
         for version in range(11, 15):
             late = swap(version)
         assert late == early
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ("latest", {"4": "failed", "3": "ready", "2": "unloaded", "1": "unloaded"}),
+        ("latest:2", {"4": "failed", "3": "ready", "2": "ready", "1": "unloaded"}),
+        ("all", {"4": "failed", "3": "ready", "2": "ready", "1": "ready"}),
+    ],
+)
+def test_a_version_that_fails_makes_room_for_the_next_older_one(models, versions, expected):
+    for version in ("2", "3", "4"):
+        make_version(models, version)
+    test_lifecycle.alter_model(models / "colours/4")
+    with operated(models, versions=versions) as server:
+        assert states(server) == expected
+        assert answer_of(server.client) == "3"
+        assert server.client.post("/models/colours/versions/4/predict", content=RED).json()["code"] == "model_failed"
+        assert "Version 4 is not served" in server.client.get("/models/colours").json()["reason"]
+        make_version(models, "4")
+        ask(server, "/models/colours/load")
+        assert answer_of(server.client) == "4"
+        served = [version for version, state in states(server).items() if state == "ready"]
+        assert served == {"latest": ["4"], "latest:2": ["4", "3"], "all": ["4", "3", "2", "1"]}[versions]
+
+
+def test_a_broken_policy_at_the_start_serves_nothing_that_nobody_meant(models):
+    make_version(models, "2")
+    policy = models / "colours/versions.toml"
+    policy.write_text("active = 1\n")
+    with operated(models) as server:
+        refusal = server.client.post(PREDICT, content=RED)
+        assert (refusal.status_code, refusal.json()["code"]) == (503, "model_failed")
+        assert "versions.toml: active: input should be a valid string." in refusal.json()["error"]
+        policy.write_text("active = '1'\n")
+        assert ask(server, "/models/colours/load")["reason"] == ""
+        assert answer_of(server.client) == "1"

@@ -164,14 +164,6 @@ def test_a_reload_that_fails_leaves_the_old_workers(tmp_path):
         wait_for(lambda: messages(server, "reloaded"))
 
 
-def test_with_one_worker_a_reload_is_refused_in_a_line(models, tmp_path):
-    with convoy(models, tmp_path / "log", default_model="colours") as server:
-        server.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: [line for line in server.lines() if "--workers 2" in line["message"]])
-        assert server.client.post("/predict", content=RED).status_code == 200
-        assert server.stop() == 0
-
-
 def test_workers_end_by_themselves_when_the_supervisor_is_killed(models, tmp_path):
     with convoy(models, tmp_path / "log", default_model="colours", workers=2) as server:
         pids = worker_pids(server).values()

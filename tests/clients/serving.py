@@ -18,7 +18,7 @@ from tests.clients.environments import python_with
 from tests.servers import convoy
 
 SCRIPTS = Path(__file__).parent / "scripts"
-SCRIPT_TIMEOUT_S = 120
+SCRIPT_TIMEOUT_S = 240
 
 _ELEMENTS = {
     "BOOL": TensorProto.BOOL,

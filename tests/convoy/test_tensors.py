@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as numpy_strategies
 
 import convoy
 from app.tensors import DATATYPES
-from app.v2.tensors import to_array
+from app.v2.tensors import to_array, to_objects, to_strings
 from convoy.tensors import pack, unpack
 from tests.bundles import COLOURS
 from tests.convoy.scripted import Looped, Threaded, answer, scripted
@@ -25,8 +25,11 @@ def tensors(body: bytes, json_length: int) -> dict[str, np.ndarray]:
     found, at = {}, json_length
     for entry in json.loads(body[:json_length])["inputs"]:
         size = entry["parameters"]["binary_data_size"]
-        data = body[at : at + size]
-        found[entry["name"]] = to_array(entry["name"], entry["datatype"], tuple(entry["shape"]), data)
+        name, shape, data = entry["name"], tuple(entry["shape"]), body[at : at + size]
+        if entry["datatype"] == "BYTES":
+            found[name] = to_objects(to_strings(name, shape, data)).reshape(shape)
+        else:
+            found[name] = to_array(name, entry["datatype"], shape, data)
         at += size
     assert at == len(body)
     return found

@@ -27,7 +27,7 @@ def exported_series() -> dict[str, set[str]]:
     for family in Metrics().families.values():
         for suffix in SUFFIXES[family.kind]:
             name = family.name.removesuffix("_total") + suffix
-            series[name] = {*family.label_names, *(["le"] if suffix == "_bucket" else [])}
+            series[name] = {*family.label_names[: family.shown], *(["le"] if suffix == "_bucket" else [])}
     for family in ProcessCollector(registry=CollectorRegistry()).collect():
         series[family.name + SUFFIXES[family.type][0]] = set()
     return series
