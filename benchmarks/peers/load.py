@@ -3,11 +3,12 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent / "post.lua"
+NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,16 @@ def require_wrk() -> str:
     return (found.stdout + found.stderr).split("[")[0].strip()
 
 
-def measure(url: str, images: Sequence[Path], connections: int, seconds: float) -> Figures:
-    """Post the images in turns.
+def measure(
+    url: str, images: Sequence[Path], connections: int, seconds: float, headers: Mapping[str, str] = NO_HEADERS
+) -> Figures:
+    """Post the images, or whatever else is in the files, in turns.
 
     Raises:
         LoadError: an answer was not 200, or a connection broke: what answers wrongly is not measured.
     """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s", "--latency"]
+    command += [word for name, value in headers.items() for word in ("-H", f"{name}: {value}")]
     command += ["-s", str(SCRIPT), url, "--", *map(str, images)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=False)
     if done.returncode:

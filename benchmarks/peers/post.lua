@@ -3,9 +3,9 @@
 local requests, at = {}, 0
 
 function init(arguments)
-  wrk.headers["Content-Type"] = "image/jpeg"
+  wrk.headers["Content-Type"] = wrk.headers["Content-Type"] or "image/jpeg"
   -- Triton: the whole body is the one input. The others take no notice of it.
-  wrk.headers["Inference-Header-Content-Length"] = "0"
+  wrk.headers["Inference-Header-Content-Length"] = wrk.headers["Inference-Header-Content-Length"] or "0"
   for _, path in ipairs(arguments) do
     local file = assert(io.open(path, "rb"))
     requests[#requests + 1] = wrk.format("POST", nil, nil, file:read("*all"))
