@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pydantic_core import from_json
@@ -23,6 +24,8 @@ from app.v2.tensors import Tensor, to_bytes, to_values
 
 MAX_TENSORS = 1024
 """Inputs, or outputs, that a request may name."""
+MAX_KNOWN_HEAD = 1024
+"""So much JSON before binary tensors is remembered: a client sends the same again and again, but for sizes or ids."""
 SMALL_JSON = 65_536
 """What so much JSON makes in memory needs no bound: 3 MB at most."""
 MAX_JSON_COST = 100_000_000
@@ -36,6 +39,18 @@ COMPRESS_IN_THREAD = 65_536
 _ENCODINGS = {"gzip": 31, "deflate": 15}
 """Content-Encoding → zlib's window bits."""
 _EITHER = 47
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What the JSON of a request says; requests share it, so nobody changes anything in it."""
+
+    inputs: Sequence[Mapping[str, Any]]
+    outputs: Sequence[WantedOutput]
+    id: str
+    parameters: Mapping[str, Any]
+    binary: Mapping[str, bool]
+    binary_by_default: bool
 
 
 @dataclass(slots=True)
@@ -68,28 +83,33 @@ def parse(body: bytes, header_length: int | None, model: LoadedModel) -> Message
         raise BadRequestError(
             f"Inference-Header-Content-Length is {header_length:,}, but the body has {len(body):,} bytes."
         )
-    document = json_object(body if header_length is None else memoryview(body)[:header_length])
+    if header_length is None:
+        head, rest = _read_head(body), None
+    else:
+        head = (_known_head if header_length <= MAX_KNOWN_HEAD else _read_head)(body[:header_length])
+        rest = memoryview(body)[header_length:]
+    request = InferRequest(_with_data(head.inputs, rest), head.outputs, head.id, head.parameters)
+    return Message(request, head.binary, head.binary_by_default)
+
+
+def _read_head(text: bytes) -> _Head:
+    document = json_object(text)
     inputs = _tensors(document, "inputs")
     if not inputs:
         raise BadRequestError("The request has no inputs.")
-    rest = memoryview(body)[header_length:] if header_length is not None else None
-    outputs = _tensors(document, "outputs")
+    described = _tensors(document, "outputs")
     parameters = _parameters(document, "The request")
     identifier = document.get("id")
     if not isinstance(identifier, str | None):
         raise BadRequestError("The request's id must be a string.")
-    request = InferRequest(
-        _with_data(inputs, rest),
-        [WantedOutput(_text(output, "name", "outputs"), _parameters(output, "An output")) for output in outputs],
-        identifier or "",
-        parameters,
-    )
+    outputs = [WantedOutput(_text(output, "name", "outputs"), _parameters(output, "An output")) for output in described]
     binary = {
-        output.name: _flag(output.parameters, "binary_data")
-        for output in request.outputs
-        if "binary_data" in output.parameters
+        output.name: _flag(output.parameters, "binary_data") for output in outputs if "binary_data" in output.parameters
     }
-    return Message(request, binary, _flag(parameters, "binary_data_output"))
+    return _Head(inputs, outputs, identifier or "", parameters, binary, _flag(parameters, "binary_data_output"))
+
+
+_known_head = lru_cache(maxsize=256)(_read_head)
 
 
 def cost_of(head: bytes | memoryview) -> int:
