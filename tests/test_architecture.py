@@ -38,6 +38,7 @@ FLOORS = {
     "app.probes": 2,
     "app.golden": 4,
     "app.images": 2,
+    "app.journal": 2,
     "app.keys": 1,
     "app.manifest": 1,
     "app.metrics": 1,

@@ -6,10 +6,7 @@ client's mistake, which gRPC's own parsing would tell as a fault of the service.
 """
 
 import asyncio
-import itertools
 import logging
-import re
-import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from app.errors import AbandonedError, BadRequestError, ConvoyError, QueueFullError
+from app.journal import BROKEN, Journal, Trace, id_for
 from app.metrics import Metrics
 
 log = logging.getLogger("convoy.access")
@@ -30,9 +28,6 @@ Answer = TypeVar("Answer", bound=Message)
 
 STREAM_DEPTH = 64
 """Requests of one stream inside at once; the next is read when the first of them is answered."""
-CLIENT_GONE = 499
-"""Counted, as over HTTP, for calls that nobody waited for."""
-
 _STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -47,38 +42,17 @@ _STATUSES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_ID_START = secrets.token_hex(10)
-_ids = itertools.count()
-_FAILED_INSIDE = frozenset({500, 504})
-"""Statuses of calls that were admitted: not refusals, so not in `convoy_rejected_total`."""
 
 
 @dataclass(slots=True)
-class Call:
-    """One request, as its method, metrics and log see it.
+class Call(Trace):
+    """One request, as its method, metrics and log see it; its route is the full name of its method.
 
     Attributes:
-        route: the full name of its method.
-        request_id: the client's own, or a new one.
-        started: when it came, `time.monotonic()`.
-        deadline: when its client gives up, on the same clock; infinite where it never does.
-        model, version, images: what the method found out.
-        status: HTTP's number for how it ended, so that the metrics of both protocols add up.
-        code: the fault's, empty where there was none.
-        key: name of the key that it came with.
+        deadline: when its client gives up, `time.monotonic()`; infinite where it never does.
     """
 
-    route: str
-    request_id: str
-    started: float
-    deadline: float
-    model: str = ""
-    version: str = ""
-    images: int = 0
-    status: int = CLIENT_GONE
-    code: str = ""
-    key: str = ""
+    deadline: float = float("inf")
 
 
 Method = Callable[[Any, Call], Awaitable[Answer]]
@@ -96,9 +70,8 @@ class Calls:
     """Makes a service's methods into handlers, and knows which calls are inside."""
 
     def __init__(self, metrics: Metrics, *, enter: Entry, access_log: bool) -> None:
-        self._metrics = metrics
+        self._journal = Journal(metrics, access_log)
         self._enter = enter
-        self._access_log = access_log
         self._readers: set[asyncio.Task[None]] = set()
         self._may_answer = asyncio.Event()
         self._may_answer.set()
@@ -232,34 +205,14 @@ class Calls:
             fault = error
         else:
             log.exception("request failed", exc_info=error, extra={"request_id": call.request_id})
-            fault = ConvoyError("Something broke inside; the log has it under this request's id.")
+            fault = ConvoyError(BROKEN)
         call.code, call.status = fault.code, fault.status
         # Its traceback holds the frames that it went through, and they hold the request: a ring, once a frame holds it,
         # that only the garbage collector opens, which here comes seldom.
         return fault.with_traceback(None)
 
     def _record(self, call: Call, quiet: bool) -> None:
-        seconds = time.monotonic() - call.started
-        metrics = self._metrics
-        metrics.requests.labels(call.model, call.version, call.route, call.status).inc()
-        metrics.request_duration.labels(call.model, call.route, call.version, call.status).observe(seconds)
-        if call.code and call.status not in _FAILED_INSIDE:
-            metrics.rejected.labels(call.model, call.code).inc()
-        if self._access_log and not quiet:
-            fields: dict[str, object] = {
-                "request_id": call.request_id,
-                "method": "gRPC",
-                "path": call.route,
-                "status": call.status,
-                "ms": round(seconds * 1000, 2),
-            }
-            if call.model:
-                fields |= {"model": call.model, "images": call.images}
-            if call.key:
-                fields["key"] = call.key
-            if call.code:
-                fields["code"] = call.code
-            log.info("request", extra=fields)
+        self._journal.record(call, "gRPC", call.route, quiet=quiet)
 
 
 class _Line:
@@ -307,15 +260,9 @@ def _begin(context: Context, route: str) -> Call:
     started = time.monotonic()
     remaining = context.time_remaining()
     deadline = float("inf") if remaining is None else started + remaining
-    return Call(route, _request_id(context), started, deadline)
-
-
-def _request_id(context: Context) -> str:
-    """Return the client's x-request-id where it is short printable ASCII, else a new one."""
-    for name, value in context.invocation_metadata() or ():
-        if name == "x-request-id" and isinstance(value, str) and _GOOD_ID.fullmatch(value):
-            return value
-    return f"{_ID_START}{next(_ids):012x}"
+    wanted = next((value for name, value in context.invocation_metadata() or () if name == "x-request-id"), None)
+    request_id = id_for(wanted.encode() if isinstance(wanted, str) else wanted)
+    return Call(request_id, started, route, deadline=deadline)
 
 
 def _parsed(parse: Parse, data: bytes) -> Message:

@@ -15,7 +15,8 @@ from app.http.auth import Guard, describe
 from app.http.bodies import BodyLimits
 from app.http.connection import WholeRequest
 from app.http.direct import Front
-from app.http.observe import Observe, Record, Trace
+from app.http.observe import Observe, Record
+from app.journal import Trace
 from app.keys import Keyring
 from app.metrics import Metrics
 from app.operations import Operations

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.errors import ConvoyError
 from app.http.connection import WholeRequest
 from app.http.errors import send_error
-from app.http.observe import Begin, Record, Trace, trace_of
+from app.http.observe import Begin, Record, trace_of
+from app.journal import Trace
 from app.keys import Access, Keyring, presented_in
 
 OPEN = frozenset(

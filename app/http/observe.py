@@ -1,56 +1,26 @@
-"""What is known of a request from its first byte to its last: id, metrics, one log line.
+"""Every HTTP request's trace, from its first byte to its last; `app/journal.py` writes it down.
 
 A pure ASGI middleware around the whole application. Handlers leave what they learn (model, images, error code) in the
 request's `Trace`; nothing here decides anything.
 """
 
 import asyncio
-import itertools
 import json
 import logging
-import re
-import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.connection import Heads, WholeRequest
+from app.journal import BROKEN, CLIENT_GONE, Journal, Trace, id_for
 from app.metrics import Metrics
 
 log = logging.getLogger("convoy.access")
 
-CLIENT_GONE = 499
-"""Not sent to anybody: counted for clients that disconnect before their answer (nginx's number for it)."""
-
-_GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-# Unique over processes by 80 random bits, and in this one by counting: a fifth of the cost of a UUID.
-_ID_START = secrets.token_hex(10)
-_ids = itertools.count()
-_FAILED_INSIDE = frozenset({500, 504})
-"""Statuses of requests that were admitted: not refusals, so not in `convoy_rejected_total`."""
 _QUIET = frozenset({"/livez", "/readyz", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
-BROKEN = "Something broke inside; the log has it under this request's id."
 CUT_OFF = "The service is stopping, and this request was not done in time; send it again."
-
-
-@dataclass(slots=True)
-class Trace:
-    """One request, as metrics and log see it."""
-
-    request_id: str
-    started: float
-    route: str = ""
-    model: str = ""
-    version: str = ""
-    images: int = 0
-    status: int = CLIENT_GONE
-    code: str = ""
-    key: str = ""
-    """Name of the key that it came with; the key itself is in no log."""
-
 
 Record = Callable[[Trace, str, str], None]
 """Counts and logs a request that is over; takes its trace, method and path."""
@@ -77,8 +47,7 @@ class Observe:
         self.heads = Heads()
         self._app = app
         self._begin = begin
-        self._metrics = metrics
-        self._access_log = access_log
+        self._journal = Journal(metrics, access_log)
 
     def begin(self, request: WholeRequest) -> bool:
         """Serve one request without a task, if it is one for that; what goes wrong at once is told in ASGI's way."""
@@ -117,35 +86,11 @@ class Observe:
             self._record(trace, scope["method"], scope["path"])
 
     def _record(self, trace: Trace, method: str, path: str) -> None:
-        seconds = time.monotonic() - trace.started
-        route = trace.route
-        self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
-        self._metrics.request_duration.labels(trace.model, route, trace.version, trace.status).observe(seconds)
-        if trace.code and trace.status not in _FAILED_INSIDE:
-            self._metrics.rejected.labels(trace.model, trace.code).inc()
-        if self._access_log and route not in _QUIET:
-            fields = {
-                "request_id": trace.request_id,
-                "method": method,
-                "path": path,
-                "status": trace.status,
-                "ms": round(seconds * 1000, 2),
-            }
-            if trace.model:
-                fields |= {"model": trace.model, "images": trace.images}
-            if trace.key:
-                fields["key"] = trace.key
-            if trace.code:
-                fields["code"] = trace.code
-            log.info("request", extra=fields)
+        self._journal.record(trace, method, path, quiet=trace.route in _QUIET)
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the client's X-Request-Id where it is short printable ASCII, else a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and _GOOD_ID.fullmatch(value):
-            return value.decode()
-    return f"{_ID_START}{next(_ids):012x}"
+    return id_for(next((value for name, value in headers if name == b"x-request-id"), None))
 
 
 async def _send_plainly(send: Send, status: int, sentence: str, code: str) -> None:

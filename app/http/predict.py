@@ -22,9 +22,10 @@ from app.errors import BadRequestError
 from app.http.bodies import RAW_TYPES, BodyLimits, Head, read_images
 from app.http.connection import Connection, RequestHead, WholeRequest
 from app.http.direct import DEFAULT, Asked, Direct, admitted
-from app.http.observe import Record, Trace, trace_of
+from app.http.observe import Record, trace_of
 from app.http.schemas import ErrorResponse, ImagesBody, PredictResponse
 from app.http.taskless import Plan, TasklessPrediction
+from app.journal import Trace
 from app.loading import LoadedModel
 from app.scores import JsonWriter
 

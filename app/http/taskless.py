@@ -17,7 +17,8 @@ from app.errors import AbandonedError, ConvoyError, UnavailableError
 from app.http.connection import WholeRequest
 from app.http.direct import DEFAULT, Asked
 from app.http.errors import answer_to
-from app.http.observe import BROKEN, CUT_OFF, Record, Trace
+from app.http.observe import CUT_OFF, Record
+from app.journal import BROKEN, Trace
 from app.loading import LoadedModel
 
 log = logging.getLogger(__name__)

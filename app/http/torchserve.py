@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -57,14 +58,6 @@ class Classifier:
         model.metrics.post.observe(time.monotonic() - started)
         await answer_json(scope, connection, model, prediction.stages, body)
 
-    def asked(self, name: str, version: str | None = None) -> Response:
-        """Return what a route returns to have `answer` answer."""
-
-        async def answer(scope: Scope, receive: Receive, connection: Connection) -> None:
-            await self.answer(name, version, scope, receive, connection)
-
-        return Direct(answer)
-
 
 def routes(engine: Engine, probes: Probes, limits: BodyLimits, timeout_ms: int) -> APIRouter:
     """Return the routes of TorchServe's inference interface."""
@@ -80,12 +73,12 @@ def routes(engine: Engine, probes: Probes, limits: BodyLimits, timeout_ms: int) 
     @router.post(MODEL, **documented)
     @router.put(MODEL, include_in_schema=False)  # curl -T sends it
     async def predict(model: str) -> Response:
-        return classifier.asked(model)
+        return Direct(partial(classifier.answer, model, None))
 
     @router.post(VERSION, **documented)
     @router.put(VERSION, include_in_schema=False)
     async def predict_with_version(model: str, version: str) -> Response:
-        return classifier.asked(model, version)
+        return Direct(partial(classifier.answer, model, version))
 
     @router.get("/ping", summary="Whether the service wants traffic", responses={503: {"model": ErrorResponse}})
     async def ping() -> dict[str, str]:

@@ -7,6 +7,7 @@ One answer serves the clients of both where they ask the same path. The checks o
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -88,14 +89,6 @@ class Asker:
         model.metrics.post.observe(time.monotonic() - response.ran_at)
         await answer_json(scope, connection, model, response.stages, content, encoding)
 
-    def asked(self, name: str, version: str | None = None) -> Response:
-        """Return what a route returns to have `answer` answer."""
-
-        async def answer(scope: Scope, receive: Receive, connection: Connection) -> None:
-            await self.answer(name, version, scope, receive, connection)
-
-        return Direct(answer)
-
 
 def routes(engine: Engine, repository: Repository, limits: BodyLimits, timeout_ms: int) -> APIRouter:
     """Return the protocol's routes."""
@@ -151,7 +144,7 @@ def _add_routes(
         openapi_extra={"requestBody": _BODY},
     )
     async def predict(chosen: Chosen) -> Response:
-        return asker.asked(*chosen)
+        return Direct(partial(asker.answer, *chosen))
 
     for verb, sentence in _NOT_OFFERED.items():
 

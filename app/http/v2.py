@@ -25,7 +25,7 @@ from app.errors import BadRequestError, NotOfferedError, UnavailableError
 from app.http.bodies import BodyLimits, Head, read_body, too_large
 from app.http.connection import Connection, RequestHead, WholeRequest
 from app.http.direct import Direct, admitted
-from app.http.observe import Record, Trace, trace_of
+from app.http.observe import Record, trace_of
 from app.http.schemas import ErrorResponse
 from app.http.taskless import Plan, TasklessPrediction
 from app.http.v2_messages import SMALL_JSON, Message, Writer, cost_of, deflate, deflate_now, inflate, json_object, parse
@@ -46,6 +46,7 @@ from app.http.v2_schemas import (
     Statistics,
     Unloaded,
 )
+from app.journal import Trace
 from app.loading import LoadedModel
 from app.metrics import Metrics
 from app.operations import Operations
