@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.admission import Admission, Ticket
+from app.admission import Admission
 from app.batcher import DEFAULT_URGENCY, Job
 from app.cpus import step_back
 from app.errors import ConvoyError, TooLargeError
@@ -25,6 +25,7 @@ from app.loading import LoadedModel
 from app.manifest import PixelRecipe
 from app.repository import Repository
 from app.tensors import Array
+from app.tickets import Ticket
 
 INLINE_BYTES = 4096
 INLINE_PIXELS = 128 * 128

@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 
-from app.admission import Ticket
 from app.engine import Engine
 from app.errors import ConvoyError, UnavailableError, UnknownModelError
 from app.grpc import inference_pb2 as pb
@@ -17,6 +16,7 @@ from app.grpc.messages import FINAL_RESPONSE, cost_of, filled, parse_inference, 
 from app.metrics import Metrics
 from app.operations import Operations
 from app.repository import Repository
+from app.tickets import Ticket
 from app.v2 import metadata
 from app.v2.inference import infer
 

@@ -17,7 +17,6 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive
 
-from app.admission import Ticket
 from app.batcher import DEFAULT_URGENCY
 from app.errors import (
     AbandonedError,
@@ -28,6 +27,7 @@ from app.errors import (
     UnsupportedMediaTypeError,
 )
 from app.http.schemas import ImagesBody
+from app.tickets import Ticket
 
 if TYPE_CHECKING:  # exists for type checkers only
     from python_multipart.multipart import MultipartCallbacks

@@ -7,7 +7,6 @@ from http import HTTPStatus
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.admission import Ticket
 from app.engine import Engine, Stages
 from app.errors import AbandonedError, ConvoyError
 from app.http.bodies import Head
@@ -15,6 +14,7 @@ from app.http.connection import Connection, connection_of
 from app.http.errors import send_error
 from app.http.observe import trace_of
 from app.loading import LoadedModel
+from app.tickets import Ticket
 
 Answer = Callable[[Scope, Receive, Connection], Awaitable[None]]
 """Reads a request and answers it."""

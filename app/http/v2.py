@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope
 
-from app.admission import Ticket
 from app.engine import Engine, GiveUp, Prediction, Tell
 from app.errors import BadRequestError, NotOfferedError, UnavailableError
 from app.http.bodies import BodyLimits, Head, read_body, too_large
@@ -52,6 +51,7 @@ from app.metrics import Metrics
 from app.operations import Operations
 from app.probes import Probes
 from app.repository import Repository
+from app.tickets import Ticket
 from app.v2 import metadata
 from app.v2.inference import SLOW_ELEMENTS, SmallRequest, infer, small_request
 

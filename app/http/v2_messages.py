@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from app.admission import Ticket
 from app.engine import Stages
 from app.errors import BadRequestError, BodyTooLargeError, TooLargeError, UnsupportedMediaTypeError
 from app.loading import LoadedModel
 from app.tensors import VARIABLE
+from app.tickets import Ticket
 from app.v2.inference import InferRequest, InferResponse, InputTensor, WantedOutput, takes_images
 from app.v2.tensors import Tensor, to_bytes, to_values
 

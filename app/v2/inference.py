@@ -13,13 +13,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.admission import Ticket
 from app.batcher import DEFAULT_URGENCY, LAST_URGENCY
 from app.engine import Engine, GiveUp, Prediction, Stages, Tell
 from app.errors import BadRequestError, TooLargeError
 from app.loading import LoadedModel
 from app.scores import best
 from app.tensors import DATATYPES, Array, TensorSpec
+from app.tickets import Ticket
 from app.v2.tensors import Data, Tensor, to_array, to_objects, to_strings
 
 Scores = NDArray[np.float32]

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from app.admission import BURST_S, Admission, DrainRate, Lane, Limits, Ticket
+from app.admission import BURST_S, Admission, DrainRate, Lane, Limits
 from app.errors import DeadlineError, QueueFullError
 from app.metrics import Metrics
+from app.tickets import Ticket
 
 
 class ManualClock:

@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.admission import Admission, Limits, Ticket
+from app.admission import Admission, Limits
 from app.batcher import Batcher
 from app.engine import LocalEngine
 from app.errors import AbandonedError, BadImageError, ConvoyError, DeadlineError, InferenceError, QueueFullError
 from app.loading import LoadedModel
 from app.metrics import Metrics
+from app.tickets import Ticket
 from tests.bundles import COLOURS, encode, make_bundle, noise_image, plain_image
 
 

@@ -9,13 +9,14 @@ import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from app.admission import Admission, Limits, Ticket
+from app.admission import Admission, Limits
 from app.engine import Prediction, Stages
 from app.errors import BadImageError, InferenceError
 from app.http.connection import Connection
 from app.http.observe import Observe
 from app.http.taskless import TasklessPrediction
 from app.metrics import Metrics
+from app.tickets import Ticket
 from tests.app.test_connection import Transport, request
 
 HEAD_AND_BODY = request(b"an image", "/predict", "X-Request-Id: mine")
