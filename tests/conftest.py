@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from app.cpus import usable_cpus
 from tests.bundles import make_bundle
 from tests.servers import ConvoyProcess, convoy
 
@@ -26,3 +27,8 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     log = tmp_path_factory.mktemp("server") / "log"
     with convoy(models, log, default_model="colours", max_body_bytes=2_000_000, max_images_per_request=40) as process:
         yield process
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are processors: many tests wait for a server to start, to drain or to look at a file."""
+    return usable_cpus() + 1
