@@ -163,4 +163,4 @@ def test_a_deadline_can_be_brought_forward_and_not_put_off():
 
     with pytest.raises(DeadlineError):
         asyncio.run(stay(1000, 0.001))
-    assert asyncio.run(stay(500, 1000)) == 500
+    assert asyncio.run(stay(500, 1000)) == pytest.approx(500)  # a difference of two clock readings is not exact
