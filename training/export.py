@@ -23,7 +23,7 @@ from training.data import Split
 from training.errors import ExportError
 from training.evaluate import measure_figures
 from training.golden import choose_golden
-from training.graphs import OPSET, make_graph
+from training.graphs import make_graph
 from training.listing import Picture
 from training.servable import Servable
 
@@ -82,42 +82,62 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model.onnx"
         write_graph(servable, offer.pixels, model)
-        run = onnx_run(model)
-        difference = compare(torch_run(servable, torch.device("cpu")), run, split)
-        figures = measure_figures(in_batches(run, split.images, max(BATCHES)), split.labels, offer.labels)
-        golden = choose_golden(golden_from or split.pictures, offer.pixels, run)
-        manifest = {
-            "name": offer.name,
-            "version": offer.version,
-            "description": offer.description,
-            "pixels": offer.pixels,
-            "labels": offer.labels,
-            "training": offer.training,
-            "evaluation": {
-                "data": offer.data,
-                **figures.summary(),
-                "runtime_difference": float(f"{difference:.2g}"),
-                "golden_detects": {wrong: float(f"{change:.2g}") for wrong, change in golden.detects.items()},
-                "command": offer.command,
-            },
-            "provenance": {
-                "source": offer.source,
-                "licence": offer.licence,
-                "command": offer.command,
-                "created": datetime.now(UTC).date().isoformat(),
-            },
-            "opset": OPSET,
-            "tolerance": GOLDEN_TOLERANCE,
-            "golden_labels": [offer.labels[index] for index in golden.probabilities.argmax(axis=1).tolist()],
-        }
-        bundle = write_bundle(
-            target,
-            manifest,
-            model,
-            golden.images,
-            golden.probabilities,
-            check=lambda written: prove(written, onnx_run(written.model_path)),
-        )
+        return export_graph(model, torch_run(servable, torch.device("cpu")), offer, split, target, golden_from)
+
+
+def export_graph(
+    model: Path, reference: Run, offer: Offer, split: Split, target: Path, golden_from: Sequence[Picture] = ()
+) -> Exported:
+    """Write the bundle `target` of a graph that need not be PyTorch's, and prove it.
+
+    Args:
+        model: ONNX file from `image` to `probabilities`, self-contained; copied.
+        reference: what the graph has to answer, computed in another way.
+        offer: what the manifest says of it.
+        split: real images, to compare graph and reference and to measure accuracy on.
+        target: `<models>/<name>/<version>`.
+        golden_from: pictures for the golden set that may be passed on; by default those of the split.
+
+    Raises:
+        ExportError: the graph does not answer as the reference; nothing is written.
+        BundleError: ONNX Runtime does not take the graph, or the bundle does not prove itself; nothing is written.
+    """
+    run = onnx_run(model)
+    difference = compare(reference, run, split)
+    figures = measure_figures(in_batches(run, split.images, max(BATCHES)), split.labels, offer.labels)
+    golden = choose_golden(golden_from or split.pictures, offer.pixels, run)
+    manifest = {
+        "name": offer.name,
+        "version": offer.version,
+        "description": offer.description,
+        "pixels": offer.pixels,
+        "labels": offer.labels,
+        "training": offer.training,
+        "evaluation": {
+            "data": offer.data,
+            **figures.summary(),
+            "runtime_difference": float(f"{difference:.2g}"),
+            "golden_detects": {wrong: float(f"{change:.2g}") for wrong, change in golden.detects.items()},
+            "command": offer.command,
+        },
+        "provenance": {
+            "source": offer.source,
+            "licence": offer.licence,
+            "command": offer.command,
+            "created": datetime.now(UTC).date().isoformat(),
+        },
+        "opset": opset_of(model),
+        "tolerance": GOLDEN_TOLERANCE,
+        "golden_labels": [offer.labels[index] for index in golden.probabilities.argmax(axis=1).tolist()],
+    }
+    bundle = write_bundle(
+        target,
+        manifest,
+        model,
+        golden.images,
+        golden.probabilities,
+        check=lambda written: prove(written, onnx_run(written.model_path)),
+    )
     return Exported(bundle, difference, golden.detects)
 
 
@@ -130,6 +150,12 @@ def write_graph(servable: Servable, pixels: PixelRecipe, path: Path) -> None:
     example = torch.zeros(2, pixels.height, pixels.width, 3, dtype=torch.uint8)
     graph = make_graph(servable, {INPUT_NAME: example}, OUTPUT_NAME, {INPUT_NAME: ("n", None, None, None)})
     onnx.save(graph, path)
+
+
+def opset_of(model: Path) -> int:
+    """Return the version of ONNX' own operators that a file's graph is written in."""
+    graph = onnx.load(model, load_external_data=False)
+    return next(int(entry.version) for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def compare(reference: Run, candidate: Run, split: Split) -> float:
