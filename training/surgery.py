@@ -65,7 +65,7 @@ def find_cut(model: onnx.ModelProto, what: str) -> Cut:
         node = makers[tensor]
         varying = [name for name in node.input if name and name not in constants]
         if node.op_type in LINEAR and varying == [node.input[0]] and not _attribute(node, "transA"):
-            return Cut(features=node.input[0], linear=node.name or node.output[0])
+            return Cut(features=_before_cosine(makers, node.input[0]), linear=node.name or node.output[0])
         if node.op_type not in PASSED or len(varying) != 1:
             raise SurgeryError(
                 f"{what} does not end in a linear layer and a softmax: {node.op_type} '{node.name or tensor}' is what "
@@ -73,6 +73,15 @@ def find_cut(model: onnx.ModelProto, what: str) -> Cut:
             )
         (tensor,) = varying
     raise SurgeryError(f"{what} has no linear layer before its probabilities: choose another bundle to take features.")
+
+
+def _before_cosine(makers: Mapping[str, onnx.NodeProto], tensor: str) -> str:
+    """Return what a cosine head takes: it centres and normalises the features before its linear layer."""
+    if tensor in makers and makers[tensor].op_type == "LpNormalization":
+        tensor = makers[tensor].input[0]
+        if tensor in makers and makers[tensor].op_type == "Sub":
+            tensor = makers[tensor].input[0]
+    return tensor
 
 
 def backbone(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.commands.bundles import add_bundle, golden_photos, tell, version_of
 from training.commands.flags import DATA_HELP, add_cache, count
-from training.commands.import_weights import IMPORT_KNOBS
 from training.names import name_of
 from training.progress import say
-from training.recipes import Recipe, make_recipe
+from training.recipes import PIXEL_KNOBS, Recipe, make_recipe
 
 if TYPE_CHECKING:
     from app.manifest import Bundle
@@ -122,4 +121,4 @@ def _run(options: argparse.Namespace) -> None:
 def _preprocessing(bundle: "Bundle") -> dict[str, Any]:
     """Return what the parent's manifest says of its network and of the pixels that it takes."""
     told = bundle.manifest.training.get("recipe")
-    return {knob: told[knob] for knob in IMPORT_KNOBS if knob in told} if isinstance(told, dict) else {}
+    return {knob: told[knob] for knob in PIXEL_KNOBS if knob in told} if isinstance(told, dict) else {}
