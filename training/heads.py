@@ -166,7 +166,7 @@ def _regress(
         optimizer = torch.optim.LBFGS(
             [weight, bias],
             max_iter=MOST_ITERATIONS,
-            tolerance_grad=1e-6,
+            tolerance_grad=1e-5,
             tolerance_change=1e-10,
             line_search_fn="strong_wolfe",
         )
