@@ -21,6 +21,7 @@ from app.images import decode
 from app.manifest import MANIFEST_FILE, Bundle, read_bundle, verify_files
 from training.classifiers import onnx_run, servable_of
 from training.errors import RecipeError, WeightsError
+from training.freezing import last_dense
 from training.nets import build
 from training.published import read_network, read_state
 from training.recipes import PIXEL_KNOBS, Recipe, make_recipe
@@ -75,6 +76,18 @@ def read_beginning(path: Path, given: Mapping[str, Any]) -> Beginning:
     return beginning
 
 
+def begun(beginning: Beginning, recipe: Recipe, classes: int) -> Weights:
+    """Return the state of the recipe's network with the weights to begin from; its last layer is drawn by the seed.
+
+    Raises:
+        WeightsError: the weights do not fit the network at this size.
+    """
+    torch.manual_seed(recipe.seed)
+    network = build(recipe.network, classes=classes, size=recipe.size, dropout=recipe.dropout)
+    begin(network, beginning.weights, f"The {beginning.told}")
+    return dict(network.state_dict())
+
+
 def begin(network: nn.Module, weights: Weights, what: str) -> None:
     """Load the weights into a fresh network, whose last dense layer stays as it was drawn.
 
@@ -91,18 +104,6 @@ def begin(network: nn.Module, weights: Weights, what: str) -> None:
                 "give --size as it was trained with."
             )
     network.load_state_dict(weights, strict=False)
-
-
-def last_dense(network: nn.Module) -> str:
-    """Return the name of the last dense layer, which tells the classes apart.
-
-    Raises:
-        WeightsError: there is none.
-    """
-    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise WeightsError("The network has no dense layer that could be replaced for other classes: choose another.")
-    return names[-1]
 
 
 def _is_head(network: nn.Module, tensor: str) -> bool:

@@ -90,6 +90,13 @@ class Recipe(BaseModel):
     patience: int = Field(
         default=0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: no."
     )
+    frozen_epochs: int = Field(default=0, ge=0, description="First epochs, in which the last layer alone learns.")
+    backbone_rate: float = Field(
+        default=1.0, gt=0, le=1, description="Step size of all below the last layer, as a share of --learning-rate."
+    )
+    keep_statistics: bool = Field(
+        default=False, description="Normalise by the statistics that the weights came with, not by each batch's."
+    )
     dropout: float = Field(default=0.5, ge=0, lt=1, description="Share of features dropped before the last layer.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Same seed, data and machine: same weights, bit for bit.")
 
@@ -141,6 +148,8 @@ def make_recipe(**fields: Any) -> Recipe:
             raise RecipeError(f"--accumulate: input should be at most --batch-size, which is {recipe.batch_size}.")
         if recipe.patience and not recipe.validation_fraction:
             raise RecipeError("--patience: needs --validation-fraction: the test images must not say when to stop.")
+        if recipe.backbone_rate != 1 and recipe.optimizer == "muon":
+            raise RecipeError("--backbone-rate: muon has two step sizes of its own; choose another --optimizer.")
         if not all(recipe.std):
             raise RecipeError("--std: 0 cannot be divided by.")
         for knob in ("shift", "cutout"):
