@@ -55,7 +55,12 @@ class Recipe(BaseModel):
     optimizer: Literal["adam", "sgd"] = Field(default="adam", description="Adam, or SGD with momentum 0.9.")
     learning_rate: float = Field(default=0.001, gt=0, description="Step size, constant.")
     loss: Literal["cross-entropy"] = Field(default="cross-entropy", description="Training loss.")
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="Share of features dropped before the last layer.")
+    dropout: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of features dropped before the last layer; ResNets, DenseNets: none.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Same seed, data and machine: same weights, bit for bit.")
 
     rescale: float = Field(default=1 / 255, gt=0, description="Factor on pixel values 0-255, before mean and std.")
