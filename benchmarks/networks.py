@@ -2,8 +2,8 @@
 
     python -m benchmarks.networks           # writes benchmarks/.cache/models/resnet50/1, once
 
-The network is that of `training/nets/resnet.py`. The bundle is a real one: exported, compared with PyTorch, with a golden
-set that it proves itself by, so `convoy serve --models benchmarks/.cache/models` takes it as any other.
+The network is that of `training/nets/resnet.py`. The bundle is a real one: exported, compared with PyTorch, with a
+golden set that it proves itself by, so `convoy serve --models benchmarks/.cache/models` takes it as any other.
 """
 
 import tempfile

@@ -1,15 +1,16 @@
-"""`python -m tests.networks`: every network learns from a few drawn images, is exported, and answers in a service.
+"""`python -m tests.networks`: every network learns from a few drawn images, is exported, and is served.
 
-The whole way that a user's network goes, by the commands a user has: one epoch, the comparison with PyTorch in batches
-of 1, 7 and 64, the golden set, `convoy serve`, and a request whose answer is PyTorch's. What it measures is kept in
-benchmarks/results/networks.json; a network that is asked for by name alone replaces its own entry there.
+The whole way that a user's network goes: one epoch, the comparison with PyTorch in batches of 1, 7 and 64, the golden
+set, the service's loader with its proof, and the service's engine, whose answer to encoded images must be PyTorch's.
+What it measures is kept in benchmarks/results/networks.json, each network as it is done; one that is asked for by name
+replaces its own entry there.
 """
 
 import argparse
+import asyncio
 import contextlib
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -21,9 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from app.admission import Admission, Limits
+from app.engine import LocalEngine
 from app.images import decode
-from app.manifest import read_bundle
-from tests.servers import convoy
+from app.loading import Loader
+from app.manifest import Bundle, read_bundle
+from app.metrics import Metrics
 from tests.training.conftest import draw_images
 from training import cli
 from training.classifiers import open_classifier
@@ -32,6 +36,8 @@ from training.nets import NETWORKS, build
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/networks.json"
 LARGEST_DIFFERENCE = 1e-4
+DEADLINE_S = 60
+SMALL, LESS_SMALL = 16, 32
 TRAIN, TEST = 8, 22
 """Images of each of three classes; 66 to test on, so that batches of 64 are compared."""
 
@@ -46,14 +52,14 @@ class Outcome:
     export_cpu_s: float
     onnx_megabytes: float
     onnx_against_pytorch: float
-    service_against_pytorch: float
+    served_against_pytorch: float
 
 
-def learn_export_and_serve(name: str, data: Path, work: Path, size: int = 32) -> Outcome:
-    """Take a network the whole way.
+def learn_export_and_serve(name: str, data: Path, work: Path, size: int) -> Outcome:
+    """Take a network the whole way, on images of `size` pixels a side.
 
     Raises:
-        AssertionError: a command failed, or the service answers otherwise than PyTorch does.
+        AssertionError: a command failed, or what is served answers otherwise than PyTorch does.
     """
     model = name.replace("_", "-")
     places = [f"--cache-dir={work / 'cache'}"]
@@ -72,7 +78,8 @@ def learn_export_and_serve(name: str, data: Path, work: Path, size: int = 32) ->
     bundle = read_bundle(models / model / "1")
     pixels = np.stack([decode(photo.read_bytes(), bundle.manifest.pixels) for photo in photos])
     expected = open_classifier(work / "runs" / model, torch.device("cpu")).run(pixels)
-    network = build(name, classes=len(bundle.manifest.labels), size=size, dropout=0)
+    with torch.device("meta"):
+        network = build(name, classes=len(bundle.manifest.labels), size=size, dropout=0)
     return Outcome(
         size=size,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -80,23 +87,30 @@ def learn_export_and_serve(name: str, data: Path, work: Path, size: int = 32) ->
         export_cpu_s=round(exported - trained, 1),
         onnx_megabytes=round(bundle.model_path.stat().st_size / 1e6, 1),
         onnx_against_pytorch=bundle.manifest.evaluation["runtime_difference"],
-        service_against_pytorch=_ask(models, model, photos, expected, work / f"{model}.log"),
+        served_against_pytorch=_difference(bundle, [photo.read_bytes() for photo in photos], expected),
     )
 
 
-def _ask(models: Path, model: str, photos: list[Path], expected: np.ndarray, log: Path) -> float:
-    """Return the largest difference of a probability that a service gives from `expected`, float32 `[photos, 3]`."""
-    with convoy(models, log, sessions=1, max_batch=4) as server:
-        files = [("image", photo.read_bytes()) for photo in photos]
-        answer = server.client.post(f"/models/{model}/predict", files=files)
-    assert answer.status_code == 200, answer.text
-    served = np.zeros_like(expected)
-    for row, result in zip(served, answer.json()["results"], strict=True):
-        for entry in result["top"]:
-            row[entry["index"]] = entry["probability"]
-    difference = float(np.abs(served - expected).max())
-    assert difference <= LARGEST_DIFFERENCE, f"{model}: the service differs from PyTorch by {difference:.2g}"
+def _difference(bundle: Bundle, images: list[bytes], expected: np.ndarray) -> float:
+    """Return the largest difference of a probability as served from `expected`, float32 `[images, classes]`."""
+    difference = float(np.abs(asyncio.run(_serve(bundle, images)) - expected).max())
+    assert difference <= LARGEST_DIFFERENCE, f"what is served differs from PyTorch by {difference:.2g}"
     return float(f"{difference:.2g}")
+
+
+async def _serve(bundle: Bundle, images: list[bytes]) -> np.ndarray:
+    """Load a bundle and classify encoded images as the service does, without its port."""
+    metrics = Metrics()
+    loader = Loader(metrics, device="cpu", sessions=1, threads_per_session=1, max_batch=4, linger_s=0)
+    model, _ = loader.load(bundle.manifest.name, "1", bundle.directory, asyncio.get_running_loop())
+    admission = Admission(Limits(8, 10**6, 10**7, {}, 0.0), metrics)
+    engine = LocalEngine(None, admission, decode_threads=1, max_image_pixels=10**6)
+    try:
+        with engine.admit(model, time.monotonic() + DEADLINE_S) as ticket:
+            return (await engine.classify(model, images, ticket)).probabilities
+    finally:
+        model.batcher.close()
+        engine.close()
 
 
 def _succeed(arguments: list[str]) -> None:
@@ -109,7 +123,7 @@ def _succeed(arguments: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.networks", description=__doc__)
     parser.add_argument("network", nargs="*", help="some of them; by default all")
-    parser.add_argument("--size", type=int, default=32, help="side of the images, pixels")
+    parser.add_argument("--size", type=int, help=f"side of the images; default: {SMALL}, or {LESS_SMALL} where need be")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"networks": {}}
@@ -118,18 +132,28 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             data = draw_images(Path(scratch) / "drawn", parts=(("train", TRAIN), ("test", TEST)))
             try:
-                outcome = learn_export_and_serve(name, data, Path(scratch), wanted.size)
+                outcome = learn_export_and_serve(name, data, Path(scratch), wanted.size or smallest(name))
             except (AssertionError, RecipeError) as error:
                 failed.append(name)
                 tell(f"{name}: {error}")
                 continue
         tell(f"{name}: {json.dumps(asdict(outcome))}")
-        kept["networks"][f"{name}/{wanted.size}"] = asdict(outcome)
+        kept["networks"][f"{name}/{outcome.size}"] = asdict(outcome)
         kept |= {"command": "python -m tests.networks", "date": datetime.now(UTC).date().isoformat()}
         kept |= {"torch": torch.__version__, "threads": 1, "images": {"train": 3 * TRAIN, "test": 3 * TEST}}
         RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
     tell(f"{len(failed)} networks failed{': ' if failed else '.'}{', '.join(failed)}")
     return 1 if failed else 0
+
+
+def smallest(name: str) -> int:
+    """Return the smaller of two sizes, if the network takes it."""
+    try:
+        with torch.device("meta"):
+            build(name, classes=2, size=SMALL, dropout=0)
+    except RecipeError:
+        return LESS_SMALL
+    return SMALL
 
 
 def tell(line: str) -> None:
@@ -138,5 +162,4 @@ def tell(line: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
     sys.exit(main())

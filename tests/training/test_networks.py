@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.networks import LARGEST_DIFFERENCE, RESULTS, learn_export_and_serve
+from tests.networks import LARGEST_DIFFERENCE, RESULTS, SMALL, learn_export_and_serve
 from training.nets import NETWORKS
 
 
 @pytest.mark.parametrize("name", ["alexnet", "se_resnet18"])
-def test_a_network_learns_is_exported_and_answers_in_a_service(name: str, tree: Path, tmp_path: Path):
-    outcome = learn_export_and_serve(name, tree, tmp_path, size=16)
+def test_a_network_learns_is_exported_and_is_served(name: str, tree: Path, tmp_path: Path):
+    outcome = learn_export_and_serve(name, tree, tmp_path, SMALL)
     assert outcome.onnx_against_pytorch <= LARGEST_DIFFERENCE
-    assert outcome.service_against_pytorch <= LARGEST_DIFFERENCE
+    assert outcome.served_against_pytorch <= LARGEST_DIFFERENCE
 
 
 def test_every_network_was_taken_the_whole_way():
@@ -25,4 +25,4 @@ def test_every_network_was_taken_the_whole_way():
     assert {key.partition("/")[0] for key in kept} == set(NETWORKS)
     for outcome in kept.values():
         assert outcome["onnx_against_pytorch"] <= LARGEST_DIFFERENCE
-        assert outcome["service_against_pytorch"] <= LARGEST_DIFFERENCE
+        assert outcome["served_against_pytorch"] <= LARGEST_DIFFERENCE

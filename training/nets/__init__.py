@@ -1,8 +1,8 @@
 """The networks, by name: one family per file, and the function's name is the network's name.
 
-A network takes float32 `[n, 3, size, size]`, already normalised, and gives logits float32 `[n, classes]`. It is a
-sequence whose last layer is the dense one that gives the logits: `network[:-1]` gives its features, float32
-`[n, network[-1].in_features]`.
+A network takes float32 `[n, 3, size, size]`, already normalised, and gives logits float32 `[n, classes]`. Those of the
+literature are sequences whose last layer is the dense one that gives the logits: `network[:-1]` gives the features,
+float32 `[n, network[-1].in_features]`.
 """
 
 from typing import Protocol
@@ -11,6 +11,7 @@ from torch import nn
 
 from training.errors import RecipeError
 from training.nets import (
+    airbench,
     alexnet,
     article,
     densenet,
@@ -29,7 +30,7 @@ class Builder(Protocol):
 
     __name__: str
 
-    def __call__(self, *, classes: int, size: int, dropout: float) -> nn.Sequential:
+    def __call__(self, *, classes: int, size: int, dropout: float) -> nn.Module:
         """Return the network with fresh weights, drawn from PyTorch's global generator.
 
         Args:
@@ -44,6 +45,7 @@ class Builder(Protocol):
 
 BUILDERS: tuple[Builder, ...] = (
     article.article_cnn,
+    airbench.airbench94,
     alexnet.alexnet,
     vgg.vgg11,
     vgg.vgg13,
@@ -77,7 +79,7 @@ PUBLISHED: dict[str, PublishedName] = {
 """Networks whose weights others published under other names: our name of a tensor → theirs."""
 
 
-def build(name: str, *, classes: int, size: int, dropout: float) -> nn.Sequential:
+def build(name: str, *, classes: int, size: int, dropout: float) -> nn.Module:
     """Build a network by name.
 
     Raises:
