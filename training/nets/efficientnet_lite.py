@@ -1,7 +1,7 @@
 """EfficientNet-Lite: EfficientNet (Tan & Le 2019) without squeeze-and-excitation and with ReLU6, for plain hardware.
 
 It is MobileNetV2's network in other proportions, with TensorFlow's padding. Below 64 pixels the stem and the first
-stage that would halve the image keep its resolution, as there. Layer names are ours.
+stage that would halve the image keep its resolution, as there; for this family the adaptation is ours.
 """
 
 from torch import Tensor, nn

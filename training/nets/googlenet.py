@@ -51,9 +51,9 @@ class Inception(nn.Module):
 
 
 def googlenet(*, classes: int, size: int, dropout: float) -> nn.Sequential:
-    """Nine inception modules: 7,005,832 parameters at 1000 classes; 6,998,552 of them in layers that the paper has.
+    """Nine inception modules: 7,005,832 parameters at 1000 classes for images from 64 pixels.
 
-    That is without the auxiliary classifiers; biases in place of normalisation would make it exactly the latter.
+    With biases in place of normalisation, as in the paper, it would be 6,998,552.
     """
     features = STAGES[-1][-1]
     return initialise(

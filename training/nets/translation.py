@@ -47,5 +47,5 @@ def is_published(weights: Collection[str], ours: Collection[str], name_of: Publi
 
 
 def _as_today(name: str) -> str:
-    """In torchvision's files of DenseNets a layer has `norm.1`, which its code has called `norm1` since 2019."""
+    """In torchvision's files of DenseNets a layer has `norm.1`, which its code has called `norm1` since 2018."""
     return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name)

@@ -2,7 +2,7 @@
 
 Configurations A, B, D and E of the paper's table 1, and D with batch normalisation, which the paper has not: it comes
 from Ioffe & Szegedy 2015, and lets the network be trained without care. Below 64 pixels the dense layers have 512 units
-instead of 4096, as is usual on CIFAR-10 since Liu & Deng 2015; the convolutions are the same.
+instead of 4096, as in C.-Y. Fu's pytorch-vgg-cifar10; the convolutions are the same.
 """
 
 from collections import OrderedDict
