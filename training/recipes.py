@@ -77,7 +77,12 @@ class Recipe(BaseModel):
     patience: int = Field(
         default=0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: no."
     )
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="Share of features dropped before the last layer.")
+    dropout: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of features dropped before the last layer; ResNets, DenseNets: none.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Same seed, data and machine: same weights, bit for bit.")
 
     rescale: float = Field(default=1 / 255, gt=0, description="Factor on pixel values 0-255, before mean and std.")
