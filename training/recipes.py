@@ -50,6 +50,10 @@ class Recipe(BaseModel):
         default=0.2, gt=0, lt=1, description="Share held out for test where the data has no test/ folder."
     )
 
+    validation_fraction: float = Field(
+        default=0, ge=0, lt=1, description="Share held out from the training images, to calibrate and stop by."
+    )
+
     epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
     batch_size: int = Field(default=32, ge=1, description="Images per step.")
     optimizer: Literal["adam", "sgd"] = Field(default="adam", description="Adam, or SGD with momentum 0.9.")

@@ -53,7 +53,8 @@ def _train_into(directory: Path, options: argparse.Namespace) -> None:
     if checkpoint is not None:
         match_run(directory, checkpoint, recipe, listing)
     check_network(recipe, len(listing.classes))
-    train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
+    learnt, _ = listing.hold_out(recipe.validation_fraction, recipe.seed)
+    train_split = load_split(learnt.part("train"), recipe.pixels, options.cache_dir)
     test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
     start = Start(
         recipe=recipe,
