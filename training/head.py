@@ -20,7 +20,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
 from app.manifest import ENERGY_NAME, OUTPUT_NAME
 from training.errors import ExportError
 
-LOGITS_NAME = "logits"
+LOGITS_NAME = "calibration.logits"
+"""Not plainly `logits`: a network may have a tensor of that name already."""
 _TEMPERATURE, _MINUS_TEMPERATURE, _AXES = "calibration.temperature", "calibration.minus_temperature", "calibration.axes"
 _FLOAT, _SCALED, _EVIDENCE = "calibration.float", "calibration.scaled", "calibration.evidence"
 _OURS = frozenset({_TEMPERATURE, _MINUS_TEMPERATURE, _AXES, _FLOAT, _SCALED, _EVIDENCE, ENERGY_NAME})
@@ -50,7 +51,7 @@ def plain(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def logits_of(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy that gives float32 `logits` `[n, classes]`, before any temperature, and nothing else."""
+    """Return a copy that gives the logits alone, float32 `[n, classes]`, before any temperature."""
     copy = plain(graph)
     source, kind = _logits(copy), _kind_of_logits(copy)
     nodes = [node for node in copy.graph.node if OUTPUT_NAME not in node.output]
