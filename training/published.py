@@ -33,7 +33,7 @@ def read_network(path: Path, recipe: Recipe, classes: int) -> nn.Module:
         WeightsError: the file is no state dict, or its tensors are not exactly those of the network.
     """
     network = build(recipe.network, classes=classes, size=recipe.size, dropout=recipe.dropout)
-    weights = _read_state(path)
+    weights = read_state(path)
     if recipe.network in PUBLISHED and not weights.keys() & network.state_dict().keys():
         weights = PUBLISHED[recipe.network](weights)
     try:
@@ -44,7 +44,12 @@ def read_network(path: Path, recipe: Recipe, classes: int) -> nn.Module:
     return network.eval()
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a PyTorch state dict; nothing in it is executed.
+
+    Raises:
+        WeightsError: the file is none.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

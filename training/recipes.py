@@ -22,6 +22,19 @@ def _three(value: Any) -> Any:
     return [value[0]] * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
+PIXEL_KNOBS = (
+    "network",
+    "size",
+    "resize_short_side",
+    "interpolation",
+    "exif",
+    "min_decode_ratio",
+    "rescale",
+    "mean",
+    "std",
+)
+"""Knobs that say which network weights are of and how they want their pixels; how they were trained is history."""
+
 Channels = Annotated[tuple[float, float, float], BeforeValidator(_three)]
 
 

@@ -10,7 +10,7 @@ from training.progress import say
 
 if TYPE_CHECKING:
     from training.data import Split
-    from training.export import Offer
+    from training.export import Exported, Offer
     from training.listing import Picture
     from training.servable import Servable
 
@@ -57,13 +57,20 @@ def write(
     options: argparse.Namespace,
 ) -> None:
     """Export, and say what was measured."""
-    from training.export import GOLDEN_TOLERANCE, export
+    from training.export import export
 
     target = options.models_dir / offer.name / offer.version
-    exported = export(servable, offer, split, target, golden_from)
+    tell(export(servable, offer, split, target, golden_from), offer, "ONNX Runtime and PyTorch")
+
+
+def tell(exported: "Exported", offer: "Offer", compared: str) -> None:
+    """Say what export measured, and of which two ways to compute the difference is."""
+    from training.export import GOLDEN_TOLERANCE
+
+    target = exported.bundle.directory
     size_mb = exported.bundle.manifest.model.size_bytes / 1e6
     say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
-    say(f"ONNX Runtime and PyTorch differ by at most {exported.difference:.1e} in a probability.")
+    say(f"{compared} differ by at most {exported.difference:.1e} in a probability.")
     unnoticed = [wrong for wrong, change in exported.detects.items() if change <= GOLDEN_TOLERANCE]
     if unnoticed:
         say(f"Note: this network hardly reacts to {', '.join(unnoticed)}, so its golden images would not notice.")
