@@ -5,7 +5,6 @@ paths: the same files are the same data wherever they lie. Knows nothing of netw
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import PIL
 import simplejpeg
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,10 +21,11 @@ from app.manifest import PixelRecipe
 from training.checks.findings import spreads_of
 from training.checks.looks import Look, look_at_file
 from training.errors import DataError
-from training.listing import TEST, TRAIN, Listing, Picture
+from training.listing import ALL, TEST, TRAIN, Listing, Picture
 from training.progress import counting
 
 UNKNOWN = "not stated"
+MEASURED = "measured"
 MOST_SAID = 20
 """Sentences about differences; a card of a thousand classes would fill the screen."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -106,9 +105,10 @@ def describe(
     command: str,
     licence: str = UNKNOWN,
     drawn: tuple[float, int] | None = None,
+    is_trained_on: bool = True,
     unknown: Sequence[str] = (),
 ) -> DataCard:
-    """Describe the data of a training, or, where it has no test part, what a model was only measured on.
+    """Describe the data of a training, or what a model was only measured on.
 
     Args:
         listing: divided as for the training.
@@ -118,21 +118,23 @@ def describe(
         command: what writes the card.
         licence: the data's terms.
         drawn: test fraction and seed, where the test part was drawn.
+        is_trained_on: False where a model was only measured on it.
         unknown: what is not known, a sentence each.
 
     Raises:
         DataError: an image cannot be read.
     """
-    parts = {TRAIN: listing.train, TEST: listing.test} if listing.test is not None else {"measured": listing.train}
-    by = "none" if listing.test is None else "data" if drawn is None else "draw"
+    parts = {TRAIN: listing.train, TEST: listing.part(TEST)} if is_trained_on else {MEASURED: listing.part(ALL)}
+    by = "none" if not is_trained_on else "data" if drawn is None else "draw"
     fraction, seed = (None, None) if drawn is None else drawn
-    missing = [f"The {what} of the data is not stated." for what, said in (("licence", licence),) if said == UNKNOWN]
+    stated = {"Where the data comes from": source, "On which terms the data may be used": licence}
+    missing = [f"{what} is not stated." for what, said in stated.items() if said == UNKNOWN]
     return DataCard(
         name=name,
         source=source,
         licence=licence,
         division=Division.model_validate({"by": by, "test_fraction": fraction, "seed": seed}),
-        parts={part: _describe_part(listing.classes, pictures or ()) for part, pictures in parts.items()},
+        parts={part: _describe_part(listing.classes, pictures) for part, pictures in parts.items()},
         pixels=pixels,
         decoder=f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}",
         unknown=(*unknown, *missing),
@@ -202,7 +204,7 @@ def compare(card: DataCard, listing: Listing, data: Path) -> Compared:
 
 def _divided(card: DataCard, listing: Listing) -> dict[str, tuple[Picture, ...]]:
     if card.division.by == "none":
-        return {"measured": listing.part("all")}
+        return {MEASURED: listing.part(ALL)}
     if card.division.by == "draw" and listing.test is None:
         listing = listing.split(card.division.test_fraction or 0.0, card.division.seed or 0)
     return {TRAIN: listing.train} | ({} if listing.test is None else {TEST: listing.test})

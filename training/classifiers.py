@@ -59,7 +59,7 @@ def open_classifier(path: Path, device: torch.device) -> Classifier:
     if (path / MANIFEST_FILE).is_file():
         bundle = read_bundle(path)
         run = onnx_run(bundle.model_path)
-        return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, _origin_told(bundle))
+        return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, origin_told(bundle))
     raise RunError(f"{path} is neither a run (with checkpoint.pt) nor a bundle (with {MANIFEST_FILE}).")
 
 
@@ -69,7 +69,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
     return Origin(checkpoint.data, checkpoint.data_digest, recipe.test_fraction, recipe.seed)
 
 
-def _origin_told(bundle: Bundle) -> Origin:
+def origin_told(bundle: Bundle) -> Origin:
     """Return what a bundle's manifest tells of its training, with the defaults where it was not trained here."""
     told = bundle.manifest.training
     knobs = told.get("recipe")

@@ -154,7 +154,9 @@ def _shortened(vectors: Vectors, axes: Vectors) -> Vectors:
     of its lengths (Cauchy and Schwarz).
     """
     kept = vectors @ axes
-    left = np.sqrt(np.maximum(0, (vectors * vectors).sum(axis=1, keepdims=True) - (kept * kept).sum(axis=1, keepdims=True)))
+    left = np.sqrt(
+        np.maximum(0, (vectors * vectors).sum(axis=1, keepdims=True) - (kept * kept).sum(axis=1, keepdims=True))
+    )
     return np.hstack([kept, left])
 
 

@@ -70,7 +70,9 @@ KINDS = {
     "suffix": Kind("warning", "The name says another format", "Decoding goes by the content; rename them."),
     "animated": Kind("warning", "Animated", "Only the first frame is used: make a still picture of the right one."),
     "blank": Kind("warning", "Of one colour", "There is nothing to learn from: remove them."),
-    "tiny": Kind("warning", f"Smaller than {SMALLEST_SIDE} pixels", "They are blown up for training: find larger ones."),
+    "tiny": Kind(
+        "warning", f"Smaller than {SMALLEST_SIDE} pixels", "They are blown up for training: find larger ones."
+    ),
     "skew": Kind(
         "warning", "Classes of very different size", "Train with class weights or balanced sampling, or add images."
     ),
@@ -274,7 +276,9 @@ def about_labels(suspects: Sequence[Suspect], places: Sequence[int], classes: Se
     """Turn suspects, whose places are among `places`, into findings."""
     for suspect in suspects:
         name = classes[suspect.suggested]
-        sentence = f"{name} with {suspect.suggested_probability:.0%}, the given label with {suspect.given_probability:.0%}."
+        sentence = (
+            f"{name} with {suspect.suggested_probability:.0%}, the given label with {suspect.given_probability:.0%}."
+        )
         yield Finding("suspect", sentence, (places[suspect.place],), suggested=name)
 
 

@@ -7,7 +7,7 @@ pixels only a digest and a thumbnail of 768 bytes stay. Never compares two files
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -92,30 +92,36 @@ def survey(pictures: Sequence[Picture]) -> Survey:
 
 def examine(picture: Picture) -> tuple[Look, NDArray[np.uint8] | None]:
     """Look at one picture; its centre square, uint8 `[32, 32, 3]`, or None where it does not decode."""
-    try:
-        data = picture.encoded()
-    except OSError as error:
-        return Look(b"", 0, fault=f"The file cannot be read: {error.strerror}."), None
-    content = content_of(picture, data)
-    kind, mode, width, height, frames = _header(data)
+    look, data = _read(picture)
+    if look.fault:
+        return look, None
     try:
         square = decode(data, PIXELS)
     except ConvoyError as error:
-        return Look(content, len(data), kind, mode, width, height, frames, fault=error.message), None
-    seen = hashlib.sha256(f"{width} {height} ".encode() + square.tobytes()).digest()
-    is_guessed = kind in STILL and _is_guessed(data, mode)
-    return Look(content, len(data), kind, mode, width, height, frames, is_guessed=is_guessed, seen=seen), square
+        return replace(look, fault=error.message), None
+    seen = hashlib.sha256(f"{look.width} {look.height} ".encode() + square.tobytes()).digest()
+    return replace(look, seen=seen, is_guessed=look.kind in STILL and _is_guessed(data, look.mode)), square
 
 
-def content_of(picture: Picture, data: bytes) -> bytes:
-    """Return the digest that identifies a picture's content wherever it lies: of its file, or of its pixels."""
-    return hashlib.sha256(data if isinstance(picture.content, Path) else picture.content.tobytes()).digest()
+def look_at_file(picture: Picture) -> Look:
+    """Read a picture's file and its header, without decoding it."""
+    return _read(picture)[0]
+
+
+def _read(picture: Picture) -> tuple[Look, bytes]:
+    try:
+        data = picture.encoded()
+    except OSError as error:
+        return Look(b"", 0, fault=f"The file cannot be read: {error.strerror}."), b""
+    own = data if isinstance(picture.content, Path) else picture.content.tobytes()
+    return Look(hashlib.sha256(own).digest(), len(own), *_header(data)), data
 
 
 def shrink(square: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Average 2×2 pixels: uint8 `[32, 32, 3]` → `[16, 16, 3]`."""
     step = SIDE // THUMB
-    return square.reshape(THUMB, step, THUMB, step, 3).mean((1, 3)).round().astype(np.uint8)
+    small: NDArray[np.uint8] = square.reshape(THUMB, step, THUMB, step, 3).mean((1, 3)).round().astype(np.uint8)
+    return small
 
 
 def whole_pixels(picture: Picture) -> bytes:

@@ -20,6 +20,8 @@ from training.listing import Picture
 SHOWN = 200
 """Findings of a kind that are shown; all are in the JSON."""
 SHOWN_OF_GROUP = 12
+MOST_OPEN = 30
+"""Classes; the table of more is folded up."""
 THUMB = 96
 QUALITY = 80
 _STYLE = """
@@ -28,7 +30,8 @@ h1{font-size:1.6rem}h2{font-size:1.15rem;margin:2rem 0 .2rem}p{margin:.2rem 0 .8
 table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .error{color:#b42318}.warning{color:#9a6700}.note{color:#57606a}
-.items{display:flex;flex-wrap:wrap;gap:.6rem}.item{border:1px solid #d0d7de;border-radius:6px;padding:.5rem;max-width:100%}
+.items{display:flex;flex-wrap:wrap;gap:.6rem}
+.item{border:1px solid #d0d7de;border-radius:6px;padding:.5rem;max-width:100%}
 .pictures{display:flex;flex-wrap:wrap;gap:.5rem}figure{margin:0;width:104px;overflow-wrap:anywhere;font-size:12px}
 img{display:block;width:96px;height:96px;object-fit:contain;background:#f6f8fa;image-rendering:pixelated}
 .said{font-size:12px;color:#57606a;max-width:22rem;overflow-wrap:anywhere}b.to{color:#1a7f37}
@@ -48,7 +51,7 @@ def _page(checked: Checked) -> Iterator[str]:
     title = f"Data check: {escape(Path(checked.data).name)}"
     yield (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
         f"<h1>{title}</h1>"
@@ -87,23 +90,29 @@ def _classes(checked: Checked) -> str:
     counts, sizes = checked.counts(), checked.sizes()
     head = "".join(f'<th class="n">{escape(part)}</th>' for part in counts)
     rows = "".join(
-        f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="n">{counts[part][name]:,}</td>' for part in counts) + "</tr>"
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(f'<td class="n">{counts[part][name]:,}</td>' for part in counts)
+        + "</tr>"
         for name in checked.classes
     )
     spreads = "".join(
-        f"<tr><td>{what}</td>" + "".join(f'<td class="n">{sizes[name][which]:,.0f}</td>' for which in ("min", "median", "max"))
+        f"<tr><td>{what}</td>"
+        + "".join(f'<td class="n">{sizes[name][which]:,.0f}</td>' for which in ("min", "median", "max"))
         for name, what in (("width", "width, pixels"), ("height", "height, pixels"), ("size_bytes", "file, bytes"))
         if sizes
     )
+    spread_head = "".join(f'<th class="n">{which}</th>' for which in ("least", "median", "most"))
+    shown = " open" if len(checked.classes) <= MOST_OPEN else ""
     return (
-        f"<h2>Classes and sizes</h2><details{' open' if len(checked.classes) <= 30 else ''}><summary>Images by class</summary>"
+        f"<h2>Classes and sizes</h2><details{shown}><summary>Images by class</summary>"
         f"<table><tr><th>class</th>{head}</tr>{rows}</table></details>"
-        f'<table><tr><th></th><th class="n">least</th><th class="n">median</th><th class="n">most</th></tr>{spreads}</table>'
+        f"<table><tr><th></th>{spread_head}</tr>{spreads}</table>"
     )
 
 
 def _section(checked: Checked, name: str, kind: Kind, found: list[Finding]) -> Iterator[str]:
-    yield f'<h2 id="{name}"><span class="{kind.severity}">{kind.severity}</span> {escape(kind.title)}: {len(found):,}</h2>'
+    severity = f'<span class="{kind.severity}">{kind.severity}</span>'
+    yield f'<h2 id="{name}">{severity} {escape(kind.title)}: {len(found):,}</h2>'
     yield f'<p>{escape(kind.advice)}</p><div class="items">'
     for finding in found[:SHOWN]:
         figures = "".join(_figure(checked, place, finding) for place in finding.places[:SHOWN_OF_GROUP])

@@ -1,10 +1,9 @@
-"""Label suspects by confident learning (Northcutt, Jiang, Chuang 2021, *Confident Learning: Estimating Uncertainty in
-Dataset Labels*), on probabilities of a classifier that has not seen the picture it judges.
+"""Label suspects by confident learning, on probabilities of a classifier that has not seen the picture it judges.
 
+Northcutt, Jiang and Chuang gave the method (2021, *Confident Learning: Estimating Uncertainty in Dataset Labels*).
 Owns the mathematics: out-of-fold probabilities by logistic regression on features, the confident joint, the ranking.
-Knows nothing of images, networks or files. The method's authors have a library, cleanlab 2.9; for the forty lines that
-are needed it brings scikit-learn, SciPy and pandas, 392 MB, so it is not a dependency but was compared with
-(benchmarks/data_checks.py): on the same probabilities it suspects the same pictures.
+Knows nothing of images, networks or files. The authors' library, cleanlab 2.9, brings scikit-learn, SciPy and pandas
+for the forty lines that are needed, so it is not a dependency; `benchmarks/data_checks.py` compares with it.
 """
 
 from collections.abc import Sequence
@@ -74,7 +73,10 @@ def confident_joint(probabilities: Probabilities, labels: Labels) -> tuple[NDArr
     """
     classes = probabilities.shape[1]
     thresholds = np.array(
-        [probabilities[labels == label, label].mean() if (labels == label).any() else np.inf for label in range(classes)]
+        [
+            probabilities[labels == label, label].mean() if (labels == label).any() else np.inf
+            for label in range(classes)
+        ]
     )
     is_confident = probabilities >= thresholds - 1e-6
     probable = np.where(is_confident, probabilities, -1).argmax(axis=1)
@@ -95,9 +97,7 @@ def find_suspects(probabilities: Probabilities, labels: Labels) -> list[Suspect]
     given = probabilities[places, labels[places]]
     suggested = probabilities[places, probable[places]]
     order = np.argsort(given - suggested, kind="stable")
-    return [
-        Suspect(int(places[at]), int(probable[places[at]]), float(given[at]), float(suggested[at])) for at in order
-    ]
+    return [Suspect(int(places[at]), int(probable[places[at]]), float(given[at]), float(suggested[at])) for at in order]
 
 
 def _folds(labels: Labels, groups: Labels) -> Labels:
@@ -112,7 +112,7 @@ def _folds(labels: Labels, groups: Labels) -> Labels:
 
 
 def _fit(inputs: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimise mean cross-entropy + penalty/2 · |weights|² by L-BFGS: weights `[width, classes]`, biases `[classes]`."""
+    """Minimise mean cross-entropy + penalty/2 · |weights|² by L-BFGS: `[width, classes]` and `[classes]`."""
     weight = torch.zeros(inputs.shape[1], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(

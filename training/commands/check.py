@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from training.commands.flags import DATA_HELP
 from training.progress import say
-from training.recipes import Recipe
+from training.recipes import Recipe, flag, make_recipe
 
 if TYPE_CHECKING:
     from training.checks.findings import Checked
 
 UNFIT = 1
+SPLIT_KNOBS = ("test_fraction", "seed")
 PAGE_FILE, RECORD_FILE = "report.html", "check.json"
 
 
@@ -37,10 +38,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print every finding as one line of JSON")
     parser.add_argument("--strict", action="store_true", help=f"end with {UNFIT} if a finding forbids training")
     parser.add_argument("--no-near", action="store_true", help="do not compare every picture with every other")
-    for knob, kind in (("test_fraction", float), ("seed", int)):
-        default = Recipe.model_fields[knob].default
-        words = f"as training will have it, for data without a test part [{default}]"
-        parser.add_argument("--" + knob.replace("_", "-"), type=kind, default=default, metavar="VALUE", help=words)
+    for knob in SPLIT_KNOBS:
+        words = f"as training will have it, for data without a test part [{Recipe.model_fields[knob].default}]"
+        parser.add_argument(flag(knob), metavar="VALUE", default=argparse.SUPPRESS, help=words)
     parser.add_argument(
         "--card", type=Path, metavar="DATA_JSON", help="say instead whether this is the data of a bundle's data card"
     )
@@ -51,10 +51,9 @@ def _run(options: argparse.Namespace) -> int:
         return _compare(options)
     from training.checks.check import check
     from training.checks.page import write_page
-    from training.recipes import make_recipe
 
     began = time.perf_counter()
-    recipe = make_recipe(test_fraction=options.test_fraction, seed=options.seed)
+    recipe = make_recipe(**{knob: getattr(options, knob) for knob in SPLIT_KNOBS if hasattr(options, knob)})
     checked = check(options.data, options.model, recipe.test_fraction, recipe.seed, with_near=not options.no_near)
     record = checked.record() | {"seconds": round(time.perf_counter() - began, 1), "command": options.command_line}
     if options.out is not None:
