@@ -27,6 +27,7 @@ MANIFEST_FILE = "model.json"
 MODEL_FILE = "model.onnx"
 GOLDEN_DIRECTORY = "golden"
 PROBABILITIES_FILE = "golden/probabilities.npy"
+DATA_CARD_FILE = "data.json"
 TENSORS_FILE = "golden/tensors.npz"
 
 INPUT_NAME = "image"
@@ -101,6 +102,13 @@ class GoldenSet(Record):
     tolerance: float = Field(gt=0, le=0.1, description="Largest allowed absolute difference of a probability.")
 
 
+class DataCardFile(Record):
+    """The data card: what the model was trained on. Training writes and reads it; here it is a file with a digest."""
+
+    file: RelativeFile = DATA_CARD_FILE
+    sha256: Sha256
+
+
 class Provenance(Record):
     """Where the weights come from and under which terms they may be used."""
 
@@ -121,6 +129,7 @@ class Manifest(Record):
     labels: tuple[str, ...] = Field(min_length=2)
     model: ModelFile
     golden: GoldenSet
+    data_card: DataCardFile | None = None
     training: dict[str, JsonValue] = Field(default_factory=dict, description="Recipe and history, for people.")
     evaluation: dict[str, JsonValue] = Field(default_factory=dict, description="Figures, and on what measured.")
     calibration: Calibration | None = None
@@ -263,6 +272,8 @@ def verify_files(bundle: Bundle) -> None:
     expected = {manifest.model.file: manifest.model.sha256}
     expected |= {image.file: image.sha256 for image in manifest.golden.images}
     expected[manifest.golden.probabilities] = manifest.golden.probabilities_sha256
+    if manifest.data_card is not None:
+        expected[manifest.data_card.file] = manifest.data_card.sha256
     _verify(bundle.directory, expected)
     unknown = {image.label for image in manifest.golden.images} - set(manifest.labels)
     if unknown:
@@ -335,6 +346,7 @@ def write_bundle(
     golden: Mapping[str, bytes],
     probabilities: NDArray[np.float32],
     check: Callable[[Bundle], object] | None = None,
+    data_card: bytes | None = None,
 ) -> Bundle:
     """Write a bundle in one step: it is complete and checked at `target`, or nothing there has changed.
 
@@ -346,16 +358,40 @@ def write_bundle(
         golden: file name → encoded image, in the order of `probabilities`.
         probabilities: float32 `[images, classes]`, what the golden images must give.
         check: called with the complete bundle before it takes its place; what it raises keeps the bundle out.
+        data_card: what the model was trained on, the bytes of `data.json`.
 
     Raises:
         BundleError: the fields do not make a valid manifest.
     """
     with _scratch_beside(target) as scratch:
-        record = _fill(scratch, dict(manifest), model, golden, probabilities)
+        fields = dict(manifest)
+        if data_card is not None:
+            fields["data_card"] = _write_card(scratch, data_card)
+        record = _fill(scratch, fields, model, golden, probabilities)
         if check is not None:
             check(Bundle(scratch, record))
         _replace_directory(scratch, target)
     return Bundle(target, record)
+
+
+def add_data_card(bundle: Bundle, data_card: bytes) -> Bundle:
+    """Give a bundle a data card, or another one, in one step; its other files stay byte for byte.
+
+    Raises:
+        BundleError: a file of the bundle is not the one that was exported.
+    """
+    verify_files(bundle)
+    with _scratch_beside(bundle.directory) as scratch:
+        shutil.copytree(bundle.directory, scratch, dirs_exist_ok=True)
+        record = bundle.manifest.model_copy(update={"data_card": _write_card(scratch, data_card)})
+        _write_manifest(scratch, record)
+        _replace_directory(scratch, bundle.directory)
+    return Bundle(bundle.directory, record)
+
+
+def _write_card(directory: Path, data_card: bytes) -> DataCardFile:
+    (directory / DATA_CARD_FILE).write_bytes(data_card)
+    return DataCardFile(sha256=hashlib.sha256(data_card).hexdigest())
 
 
 @contextmanager
@@ -403,9 +439,13 @@ def _fill(
         record = Manifest.model_validate(fields)
     except ValidationError as error:
         raise BundleError(f"The bundle has no valid manifest: {_first_problem(error)}.") from error
-    text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    _write_manifest(directory, record)
     return record
+
+
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def sha256_of(path: Path) -> str:

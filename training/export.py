@@ -54,6 +54,8 @@ class Offer:
     source: str
     licence: str
     command: str
+    data_card: bytes | None = None
+    """What the model was trained on (`training/cards.py`), as a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ def export_graph(
             golden.images,
             golden.probabilities,
             check=lambda written: prove(written, onnx_run(written.model_path)),
+            data_card=offer.data_card,
         )
     return Exported(bundle, difference, golden.detects)
 

@@ -1,6 +1,7 @@
 """What every sub-command that writes a bundle shares: where it goes, its golden photos, what is told of it."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ from training.progress import say
 
 if TYPE_CHECKING:
     from app.manifest import Manifest, PixelRecipe
+    from training.cards import DataCard
     from training.data import Split
     from training.export import Exported, Offer
-    from training.listing import Picture
+    from training.listing import Listing, Picture
     from training.servable import Servable
     from training.trust import Strangers
 
@@ -54,6 +56,53 @@ def add_evidence(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FOLDER",
         help="images of none of the classes, to measure how well they are told apart; may be given several times",
+    )
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that only the data card needs."""
+    parser.add_argument("--data-name", help="what people call the data, for the data card; default: its folder's name")
+    parser.add_argument("--data-source", help="where the data comes from, for the data card")
+    parser.add_argument(
+        "--data-licence", default="not stated", help="terms of the data's use, for the data card (%(default)s)"
+    )
+
+
+def card_of(
+    options: argparse.Namespace,
+    listing: "Listing",
+    pixels: "PixelRecipe",
+    data: Path,
+    drawn: tuple[float, int] | None = None,
+    *,
+    source: str | None = None,
+    is_trained_on: bool = True,
+    unknown: Sequence[str] = (),
+) -> "DataCard":
+    """Describe the data for the bundle's card: all of it is read once, for its digests.
+
+    Args:
+        options: with the flags of `add_card`.
+        listing: divided as for training.
+        pixels: how its images are brought to size.
+        data: its path.
+        drawn: test fraction and seed, where the test part was drawn.
+        source: where the data comes from, if --data-source does not say it.
+        is_trained_on: False where the model was only measured on it.
+        unknown: what is not known, a sentence each.
+    """
+    from training.cards import UNKNOWN, describe
+
+    return describe(
+        listing,
+        pixels,
+        name=options.data_name or data.resolve().name,
+        source=options.data_source or source or UNKNOWN,
+        licence=options.data_licence,
+        drawn=drawn,
+        is_trained_on=is_trained_on,
+        unknown=unknown,
+        command=options.command_line,
     )
 
 
