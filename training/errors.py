@@ -47,3 +47,9 @@ class ExportError(ConvoyError):
     """The exported graph does not answer as the network does, so no bundle is written."""
 
     code = "export_refused"
+
+
+class GraphError(ConvoyError):
+    """An ONNX file cannot be read, or not everything in it can be counted."""
+
+    code = "bad_graph"
