@@ -113,6 +113,16 @@ class Provenance(_Record):
     created: str = Field(description="UTC date, ISO 8601.")
 
 
+class Parent(_Record):
+    """The model that this one was compressed from."""
+
+    name: Name
+    version: Version | None = Field(description="None: a run that was pruned, not a bundle.")
+    sha256: Sha256 = Field(description="Of its ONNX file, or of the run's checkpoint.")
+    method: Literal["int8", "fp16", "prune", "distil"]
+    details: dict[str, JsonValue] = Field(default_factory=dict, description="What was done, for people.")
+
+
 class Manifest(_Record):
     """`model.json`: everything about a model that is not in its graph."""
 
@@ -126,6 +136,7 @@ class Manifest(_Record):
     golden: GoldenSet
     training: dict[str, JsonValue] = Field(default_factory=dict, description="Recipe and history, for people.")
     evaluation: dict[str, JsonValue] = Field(default_factory=dict, description="Figures, and on what measured.")
+    parent: Parent | None = None
     provenance: Provenance
 
     @model_validator(mode="after")

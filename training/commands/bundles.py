@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from training.servable import Servable
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the bundle goes and what is told of it."""
+def add_bundle(parser: argparse.ArgumentParser, *, golden: bool = True) -> None:
+    """Add the flags that say where the bundle goes and what is told of it; `golden`: whether its images are chosen."""
     parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
     parser.add_argument("--version", help="a whole number; default: the next free one")
     parser.add_argument("--force", action="store_true", help="replace the version if it exists")
-    parser.add_argument(
-        "--golden-from",
-        type=Path,
-        metavar="FOLDER",
-        help="photos to make the golden set from, where the test images may not be passed on; default: test images",
-    )
+    if golden:
+        parser.add_argument(
+            "--golden-from",
+            type=Path,
+            metavar="FOLDER",
+            help="photos to make the golden set from, where the test images may not be passed on; default: test images",
+        )
     parser.add_argument("--description", help="what the model is, for the manifest")
 
 
