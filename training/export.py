@@ -6,7 +6,7 @@ images, golden set, bundle, proof of the bundle, and only then its place under `
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class Offer:
     source: str
     licence: str
     command: str
+    parent: dict[str, Any] | None = None
+    """What this was compressed from."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """More for the manifest's evaluation, measured by whoever offers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +100,12 @@ def export(
             "evaluation": {
                 "data": offer.data,
                 **figures.summary(),
+                **offer.figures,
                 "runtime_difference": float(f"{difference:.2g}"),
                 "golden_detects": {wrong: float(f"{change:.2g}") for wrong, change in golden.detects.items()},
                 "command": offer.command,
             },
+            "parent": offer.parent,
             "provenance": {
                 "source": offer.source,
                 "licence": offer.licence,

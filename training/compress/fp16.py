@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 
 from app import runtime
-from training.compress.layers import around_network
+from training.compress.layers import around_network, weighted_nodes
 from training.errors import CompressError
 
 SPEED_NOTE = (
@@ -29,13 +29,13 @@ def halve(model: Path, into: Path) -> None:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     graph = onnx.load(model)
+    if not weighted_nodes(graph):
+        raise CompressError(f"{model} has no float32 weights to halve: give a bundle that was not compressed before.")
     kept = around_network(graph)
     halved = convert_float_to_float16(graph, keep_io_types=True, op_block_list=[], node_block_list=sorted(kept))
     _without_detours(halved)
     ordered = OnnxModel(halved)
     ordered.topological_sort()  # the converter puts its casts last
-    if not any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in ordered.model.graph.initializer):
-        raise CompressError(f"{model} has no float32 weights to halve: give a bundle that was not compressed before.")
     del ordered.model.graph.value_info[:]
     onnx.checker.check_model(ordered.model, full_check=True)
     onnx.save(ordered.model, into)

@@ -36,25 +36,21 @@ class Speed:
     provider: str
 
 
-def measure_in_turns(
-    models: Sequence[Path], images: NDArray[np.uint8], *, rounds: int = ROUNDS, turn_s: float = TURN_S
-) -> list[Speed]:
+def measure_in_turns(models: Sequence[Path], images: NDArray[np.uint8]) -> list[Speed]:
     """Measure several graphs on the same images, one after the other in every round.
 
     Args:
         models: ONNX files from `image` to `probabilities`.
         images: uint8 `[n, height, width, 3]`, of which the first 8 are taken, again and again where there are fewer.
-        rounds: how often each has its turn.
-        turn_s: seconds of a turn.
     """
     batch = np.ascontiguousarray(np.resize(images[:BATCH], (BATCH, *images.shape[1:])))
     alike = [_Sessions(model, batch) for model in models]
     latencies: list[list[float]] = [[] for _ in models]
     rates: list[list[float]] = [[] for _ in models]
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for place, sessions in enumerate(alike):
-            latencies[place].append(sessions.latency_ms(turn_s))
-            rates[place].append(sessions.images_per_s(turn_s))
+            latencies[place].append(sessions.latency_ms(TURN_S))
+            rates[place].append(sessions.images_per_s(TURN_S))
     return [
         Speed(statistics.median(latency), statistics.median(rate), sessions.provider)
         for latency, rate, sessions in zip(latencies, rates, alike, strict=True)
