@@ -118,6 +118,16 @@ class Provenance(Record):
     created: str = Field(description="UTC date, ISO 8601.")
 
 
+class Parent(Record):
+    """The model that this one was compressed from."""
+
+    name: Name
+    version: Version | None = Field(description="None: a run that was pruned, not a bundle.")
+    sha256: Sha256 = Field(description="Of its ONNX file, or of the run's checkpoint.")
+    method: Literal["int8", "fp16", "prune", "distil"]
+    details: dict[str, JsonValue] = Field(default_factory=dict, description="What was done, for people.")
+
+
 class Manifest(Record):
     """`model.json`: everything about a model that is not in its graph."""
 
@@ -136,6 +146,7 @@ class Manifest(Record):
     conformal: Conformal | None = None
     ood: OutOfDistribution | None = None
     reference: Reference | None = None
+    parent: Parent | None = None
     provenance: Provenance
 
     @model_validator(mode="after")

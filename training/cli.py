@@ -10,11 +10,23 @@ import sys
 from typing import NoReturn
 
 from app.errors import ConvoyError
-from training.commands import calibrate, card, check, evaluate, export, fetch, few_shot, import_weights, predict, train
+from training.commands import (
+    calibrate,
+    card,
+    check,
+    compress,
+    evaluate,
+    export,
+    fetch,
+    few_shot,
+    import_weights,
+    predict,
+    train,
+)
 from training.errors import RecipeError
 from training.names import is_text
 
-COMMANDS = (fetch, train, evaluate, predict, export, import_weights, few_shot, calibrate, check, card)
+COMMANDS = (fetch, check, card, train, evaluate, predict, export, import_weights, few_shot, calibrate, compress)
 USER_FAULT = 2
 INTERRUPTED = 130
 

@@ -6,7 +6,7 @@ images, golden set, bundle, proof of the bundle, and only then its place under `
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class Offer:
     command: str
     data_card: bytes | None = None
     """What the model was trained on (`training/cards.py`), as a file."""
+    parent: dict[str, Any] | None = None
+    """What this was compressed from."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """More for the manifest's evaluation, measured by whoever offers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +142,13 @@ def export_graph(
             "evaluation": {
                 "data": offer.data,
                 **figures.summary(),
+                **offer.figures,
                 "runtime_difference": float(f"{difference:.2g}"),
                 "golden_detects": {wrong: float(f"{change:.2g}") for wrong, change in golden.detects.items()},
                 "command": offer.command,
             },
             **calibrated.records(),
+            "parent": offer.parent,
             "provenance": {
                 "source": offer.source,
                 "licence": offer.licence,
