@@ -155,13 +155,6 @@ def compare(reference: Run, candidate: Run, split: Split) -> float:
     return worst
 
 
-def next_version(models_dir: Path, name: str) -> str:
-    """Return the number after the highest version of a model."""
-    folder = models_dir / name
-    taken = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
-    return str(max(taken, default=0) + 1)
-
-
 def spread(images: NDArray[np.uint8], most: int) -> NDArray[np.uint8]:
     """Take up to `most` images at even distances: data sets are sorted by class."""
     return np.asarray(images[np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)])

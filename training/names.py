@@ -55,3 +55,10 @@ def is_text(name: str) -> bool:
 
 def _quoted(text: str) -> str:
     return f"'{text}'" if text.isprintable() else ascii(text)
+
+
+def next_version(models_dir: Path, name: str) -> str:
+    """Return the number after the highest version of a model."""
+    folder = models_dir / name
+    taken = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
+    return str(max(taken, default=0) + 1)

@@ -1,5 +1,6 @@
-"""Progress bars, on stderr, and only for a person: a log gets plain lines instead."""
+"""What a person or a log sees of work under way: lines on stdout, and bars on stderr for a person only."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,6 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
+
+
+def say(text: str) -> None:
+    """Print a line at once: a log that is read while a training runs must not lag behind."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from training import cli, data, export
 from training.classifiers import Classifier, onnx_run, open_classifier
 from training.data import Split, load_split, read_listing
 from training.errors import ExportError
-from training.export import next_version, spread
-from training.names import check_name
+from training.export import spread
+from training.names import check_name, next_version
 from training.runs import read_checkpoint, write_checkpoint
 
 

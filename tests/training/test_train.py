@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import cli, data, runs, train
+from training import cli, commands, data, runs, train
 from training.errors import RecipeError
 from training.recipes import make_recipe
 from training.runs import read_checkpoint
@@ -248,7 +248,7 @@ def test_force_interrupted_in_its_first_epoch_keeps_the_run_before(
 
 
 def test_force_leaves_no_picture_of_the_run_before(one_epoch: Path, tree: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli, "_draw_run", lambda *_: None)
+    monkeypatch.setattr(commands.train, "_draw_run", lambda *_: None)
     assert cli.main([*flags(tree, one_epoch, epochs=1, seed=9), "--force"]) == 0
     assert not list((one_epoch / "runs" / "insects").glob("*.png"))
 

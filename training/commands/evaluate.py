@@ -1,0 +1,53 @@
+"""`evaluate`: figures of a run or a bundle on labelled images."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from training.commands.flags import DATA_HELP, add_cache, add_device, data_of
+from training.progress import say
+
+
+def add(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser("evaluate", help="measure a run or a bundle on labelled images")
+    parser.set_defaults(run=_run)
+    parser.add_argument("model", type=Path, help="run directory (PyTorch) or bundle directory (ONNX Runtime)")
+    parser.add_argument("--data", type=Path, help=f"{DATA_HELP}; default: what the run was trained on")
+    parser.add_argument(
+        "--split", choices=("test", "train", "all"), help="which part; default: what was kept from training"
+    )
+    parser.add_argument("--json", action="store_true", help="print every figure as one line of JSON")
+    parser.add_argument("--out", type=Path, help="folder for pictures of confusions and worst mistakes")
+    add_device(parser)
+    add_cache(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from training.classifiers import open_classifier
+    from training.data import load_split, read_listing
+    from training.devices import choose_device
+    from training.evaluate import measure_figures
+    from training.listing import choose_part
+
+    classifier = open_classifier(options.model, choose_device(options.device))
+    data = data_of(options.model, options.data)
+    listing = read_listing(data).relabelled(classifier.labels)
+    part, pictures, words = choose_part(listing, data, classifier.origin, options.split)
+    split = load_split(pictures, classifier.pixels, options.cache_dir)
+    probabilities = classifier.probabilities(split)
+    figures = measure_figures(probabilities, split.labels, classifier.labels)
+    if options.out is not None:
+        from training.pictures import draw_confusion, draw_mistakes
+
+        draw_confusion(figures, options.out)
+        draw_mistakes(split, probabilities, classifier.labels, options.out)
+    if options.json:
+        about = {"model": str(options.model), "data": str(data), "split": part, "measured": words}
+        say(json.dumps(about | figures.record() | {"command": options.command_line}, ensure_ascii=False))
+    else:
+        say(f"{figures.headline()} ({words})")
+        Console().print(figures.table())

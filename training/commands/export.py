@@ -1,0 +1,70 @@
+"""`export`: a run in, a bundle that proves itself out."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from training.commands.bundles import add_bundle, golden_photos, version_of, write
+from training.commands.flags import DATA_HELP, add_cache, data_of
+from training.progress import say
+
+
+def add(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser("export", help="turn a run into a bundle that proves itself")
+    parser.set_defaults(run=_run)
+    parser.add_argument("model", type=Path, metavar="run", help="run directory")
+    parser.add_argument("--data", type=Path, help=f"{DATA_HELP}; default: what the run was trained on")
+    parser.add_argument("--name", help="name of the model; default: the run's")
+    parser.add_argument("--source", help="where the data comes from, for the manifest")
+    parser.add_argument("--licence", default="not stated", help="terms of use, for the manifest (%(default)s)")
+    add_bundle(parser)
+    add_cache(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from training.classifiers import origin_of, servable_of
+    from training.data import load_split, read_listing
+    from training.export import Offer
+    from training.listing import choose_part, kept_from_training
+    from training.runs import read_checkpoint
+
+    checkpoint = read_checkpoint(options.model)
+    name = options.model.resolve().name if options.name is None else options.name
+    version = version_of(options, name)
+    golden_from = golden_photos(options)
+    recipe, origin = checkpoint.recipe, origin_of(checkpoint)
+    data = data_of(options.model, options.data)
+    listing = read_listing(data).relabelled(checkpoint.classes)
+    kept_from_training(listing, data, origin)
+    _, pictures, words = choose_part(listing, data, origin, "test")
+    split = load_split(pictures, recipe.pixels, options.cache_dir)
+    finished = len(checkpoint.history)
+    is_finished = finished == recipe.epochs
+    weights = "those after the last epoch" if is_finished else f"those after epoch {finished} of {recipe.epochs}"
+    if not is_finished:
+        say(f"Note: the run is not finished; the weights are {weights}.")
+    offer = Offer(
+        name=name,
+        version=version,
+        description=options.description or f"{recipe.network} trained on {Path(checkpoint.data).name}.",
+        labels=checkpoint.classes,
+        pixels=recipe.pixels,
+        training={
+            "recipe": recipe.model_dump(mode="json"),
+            "history": [asdict(epoch) for epoch in checkpoint.history],
+            "weights": weights,
+            "seconds": round(sum(epoch.seconds for epoch in checkpoint.history), 1),
+            "hardware": checkpoint.hardware,
+            "data": checkpoint.data,
+            "data_digest": checkpoint.data_digest,
+            "command": checkpoint.command,
+        },
+        data=f"{data}, {'its test part' if listing.test is not None else words}",
+        source=options.source or f"Trained on {checkpoint.data} by convoy-train.",
+        licence=options.licence,
+        command=options.command_line,
+    )
+    write(servable_of(checkpoint), offer, split, golden_from, options)

@@ -1,0 +1,108 @@
+"""`train`: data and a recipe in, a run out."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.commands.flags import DATA_HELP, add_cache, add_device, add_knobs, recipe_of
+from training.names import check_name, name_of
+from training.progress import say
+from training.recipes import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.data import Split
+
+
+def add(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser("train", help="train a network by a recipe", description="Train into runs/NAME.")
+    parser.set_defaults(run=_run)
+    parser.add_argument("--data", type=Path, required=True, help=DATA_HELP)
+    parser.add_argument("--name", help="name of the run, and of models made of it; default: the data's")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (%(default)s)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run after its last finished epoch")
+    again.add_argument("--force", action="store_true", help="discard the run that is there, and start anew")
+    add_device(parser)
+    add_cache(parser)
+    add_knobs(parser.add_argument_group("recipe", "The defaults are the article's."), tuple(Recipe.model_fields))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from training.runs import locked
+
+    name = name_of(options.data) if options.name is None else options.name
+    check_name(name)
+    directory = options.runs_dir / name
+    with locked(directory):
+        _train_into(directory, options)
+
+
+def _train_into(directory: Path, options: argparse.Namespace) -> None:
+    from training.data import load_split, read_listing
+    from training.devices import choose_device, describe
+    from training.runs import match_run, open_run
+    from training.train import Start, check_network, train
+
+    device = choose_device(options.device)
+    checkpoint = open_run(directory, resume=options.resume, force=options.force)
+    recipe = recipe_of(options, checkpoint)
+    listing = read_listing(options.data).split(recipe.test_fraction, recipe.seed)
+    if checkpoint is not None:
+        match_run(directory, checkpoint, recipe, listing)
+    check_network(recipe, len(listing.classes))
+    train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
+    test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
+    start = Start(
+        recipe=recipe,
+        classes=listing.classes,
+        data=str(options.data),
+        data_digest=listing.digest,
+        command=options.command_line,
+        hardware=describe(device),
+        checkpoint=checkpoint,
+    )
+    say(
+        f"Training {recipe.network} on {len(train_split.labels):,} images of {len(listing.classes)} classes, "
+        f"testing on {len(test_split.labels):,}, into {directory} ({start.hardware})."
+    )
+    finished = 0 if checkpoint is None else len(checkpoint.history)
+    try:
+        for epoch in train(directory, start, train_split, test_split, device):
+            finished = epoch.epoch
+            say(
+                f"epoch {epoch.epoch}/{recipe.epochs}  train loss {epoch.train_loss:.4f}, {epoch.train_accuracy:.2%}  "
+                f"test loss {epoch.test_loss:.4f}, {epoch.test_accuracy:.2%}  "
+                f"{epoch.seconds:.1f} s, {epoch.images_per_s:,.0f} images/s"
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(directory, finished, recipe.epochs, options.command_line)) from None
+    _draw_run(directory, test_split, device)
+    say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and pictures of the run.")
+
+
+def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: str) -> str:
+    from training.runs import is_run
+
+    if not finished and is_run(directory):
+        return f"interrupted before the first epoch was finished; {directory} still holds the run before."
+    if not finished:
+        return "interrupted before the first epoch was finished; nothing is kept."
+    again = command_line if " --resume" in command_line else f"{command_line} --resume"
+    again = again.replace(" --force", "")
+    return f"interrupted; {directory}/checkpoint.pt holds epoch {finished} of {epochs}: continue with `{again}`."
+
+
+def _draw_run(directory: Path, split: "Split", device: "torch.device") -> None:
+    from training.classifiers import open_classifier
+    from training.evaluate import measure_figures
+    from training.pictures import draw_confusion, draw_curves, draw_mistakes
+    from training.runs import read_checkpoint
+
+    classifier = open_classifier(directory, device)
+    probabilities = classifier.probabilities(split)
+    draw_curves(read_checkpoint(directory).history, directory)
+    draw_confusion(measure_figures(probabilities, split.labels, classifier.labels), directory)
+    draw_mistakes(split, probabilities, classifier.labels, directory)
