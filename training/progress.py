@@ -16,6 +16,14 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def duration(seconds: float) -> str:
+    """Write a span of time as people say it: `9 s`, `5 min 24 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Advance]:
     """Show a bar; the value yielded advances it: `advance(32, note="loss 0.51")`."""

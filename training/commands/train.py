@@ -79,7 +79,7 @@ def _train_into(directory: Path, options: argparse.Namespace) -> None:
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(directory, finished, recipe.epochs, options.command_line)) from None
-    _draw_run(directory, test_split, device)
+    _draw_run(directory, test_split, device, options.command_line)
     say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and pictures of the run.")
 
 
@@ -95,14 +95,20 @@ def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: st
     return f"interrupted; {directory}/checkpoint.pt holds epoch {finished} of {epochs}: continue with `{again}`."
 
 
-def _draw_run(directory: Path, split: "Split", device: "torch.device") -> None:
+def _draw_run(directory: Path, split: "Split", device: "torch.device", command: str) -> None:
     from training.classifiers import open_classifier
     from training.evaluate import measure_figures
     from training.pictures import draw_confusion, draw_curves, draw_mistakes
+    from training.report.page import write_report
+    from training.report.sources import told_of
     from training.runs import read_checkpoint
 
     classifier = open_classifier(directory, device)
     probabilities = classifier.probabilities(split)
-    draw_curves(read_checkpoint(directory).history, directory)
+    checkpoint = read_checkpoint(directory)
+    words = f"its {len(split.labels):,} test images"
+    draw_curves(checkpoint.history, directory)
     draw_confusion(measure_figures(probabilities, split.labels, classifier.labels), directory)
     draw_mistakes(split, probabilities, classifier.labels, directory)
+    told = told_of(directory, data=Path(checkpoint.data), measured=words, command=command)
+    write_report(directory, told, split, probabilities, classifier.labels)
