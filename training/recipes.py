@@ -65,6 +65,21 @@ class Recipe(BaseModel):
     shear: float = Field(default=0.2, ge=0, lt=90, description="Augmentation: shear up to this many degrees.")
     zoom: float = Field(default=0.2, ge=0, lt=1, description="Augmentation: scale each axis by 1 ± this.")
     flip: bool = Field(default=True, description="Augmentation: mirror half of the images.")
+    alternate_flip: bool = Field(
+        default=False, description="Mirror the one half in odd epochs, the other in even ones, not at random."
+    )
+    shift: int = Field(default=0, ge=0, description="Augmentation: shift each axis by up to this many pixels.")
+    rotate: float = Field(default=0, ge=0, le=180, description="Augmentation: rotate up to this many degrees.")
+    cutout: int = Field(default=0, ge=0, description="Augmentation: cover a square of this many pixels a side.")
+    mixup: float = Field(
+        default=0, ge=0, le=100, description="Augmentation: blend with another image by Beta(this, this); 0: never."
+    )
+    cutmix: float = Field(
+        default=0, ge=0, le=100, description="Augmentation: paste a box of another, its area by Beta(this, this)."
+    )
+    balance: Literal["none", "weights", "sampling"] = Field(
+        default="none", description="Rare classes: as they come, counting for more in the loss, or met more often."
+    )
 
     @property
     def pixels(self) -> PixelRecipe:
@@ -89,6 +104,9 @@ def make_recipe(**fields: Any) -> Recipe:
         recipe = Recipe.model_validate(fields)
         if not all(recipe.std):
             raise RecipeError("--std: 0 cannot be divided by.")
+        for knob in ("shift", "cutout"):
+            if getattr(recipe, knob) >= recipe.size:
+                raise RecipeError(f"{flag(knob)}: input should be less than --size, which is {recipe.size}.")
         _ = recipe.pixels
     except ValidationError as error:
         problem = error.errors()[0]

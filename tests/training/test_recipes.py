@@ -12,6 +12,8 @@ def test_the_defaults_are_the_articles():
     assert (recipe.network, recipe.size, recipe.epochs, recipe.batch_size) == ("article_cnn", 32, 10, 32)
     assert (recipe.optimizer, recipe.learning_rate, recipe.loss) == ("adam", 0.001, "cross-entropy")
     assert (recipe.rescale, recipe.shear, recipe.zoom, recipe.flip) == (1 / 255, 0.2, 0.2, True)
+    assert (recipe.shift, recipe.rotate, recipe.cutout, recipe.mixup, recipe.cutmix) == (0, 0, 0, 0, 0)
+    assert (recipe.alternate_flip, recipe.balance) == (False, "none")
     assert (recipe.dropout, recipe.test_fraction) == (0.5, 0.2)
 
 
@@ -31,6 +33,9 @@ def test_text_is_read_as_the_command_line_gives_it():
         ({"epochs": "0"}, "--epochs: input should be greater than or equal to 1."),
         ({"epochs": "many"}, "--epochs: input should be a valid integer"),
         ({"zoom": "1"}, "--zoom: input should be less than 1."),
+        ({"shift": 32}, "--shift: input should be less than --size, which is 32."),
+        ({"cutout": 16, "size": 16}, "--cutout: input should be less than --size, which is 16."),
+        ({"balance": "fair"}, "--balance: input should be 'none', 'weights' or 'sampling'"),
         ({"std": "0"}, "--std: 0 cannot be divided by."),
         ({"mean": "1,2"}, "--mean: "),
         ({"learning_rate": "nan"}, "--learning-rate: "),
