@@ -4,7 +4,6 @@ Probabilities and true labels in, bins and the expected calibration error out (G
 Neural Networks*, 2017, equations 2 to 5). Draws nothing and changes no model.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +24,7 @@ class Bin:
     accuracy: float
 
 
-def reliability_bins(
-    probabilities: NDArray[np.float32], truth: NDArray[np.int64], count: int = BINS
-) -> tuple[Bin, ...]:
+def reliability(probabilities: NDArray[np.float32], truth: NDArray[np.int64], count: int = BINS) -> tuple[Bin, ...]:
     """Sort answers by confidence into bins of equal width.
 
     Args:
@@ -49,7 +46,7 @@ def reliability_bins(
     return tuple(found)
 
 
-def expected_calibration_error(bins: Sequence[Bin]) -> float:
+def calibration_error(probabilities: NDArray[np.float32], truth: NDArray[np.int64], count: int = BINS) -> float:
     """Return the mean distance between confidence and accuracy over the bins, each weighed by its images."""
-    images = sum(entry.images for entry in bins)
-    return sum(entry.images * abs(entry.confidence - entry.accuracy) for entry in bins) / max(images, 1)
+    bins = reliability(probabilities, truth, count)
+    return sum(entry.images * abs(entry.confidence - entry.accuracy) for entry in bins) / len(truth)

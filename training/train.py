@@ -145,7 +145,7 @@ def train_epoch(
     # Summed where the network is: asking for a number at every step would make a GPU wait for it.
     total_loss, total_right = torch.zeros((), device=device), torch.zeros((), device=device)
     seen, begun = 0, time.perf_counter()
-    with counting(f"Epoch {number}/{recipe.epochs}", len(order)) as advance:
+    with counting(f"Epoch {number}/{recipe.epochs}", len(order), recipe.epochs - number) as advance:
         for step, chosen in enumerate(batches(order, recipe.batch_size)):
             images, labels = take(split, chosen, device)
             logits = network(normalise(augment(images, recipe, augment_generator)))

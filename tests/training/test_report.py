@@ -11,7 +11,7 @@ from training.data import Split
 from training.evaluate import worst_mistakes
 from training.listing import Picture
 from training.recipes import Recipe
-from training.reliability import expected_calibration_error, reliability_bins
+from training.reliability import calibration_error, reliability
 from training.report.charts import Line, line_chart, nice_ticks
 from training.report.markup import Markup, element
 from training.report.page import Told, page, write_report
@@ -104,7 +104,7 @@ def test_it_tells_figures_recipe_and_origin(document):
     split, probabilities = answers(4, 200)
     accuracy = float((probabilities.argmax(axis=1) == split.labels).mean())
     assert f"{accuracy:.2%}" in found.text["b"]
-    assert f"{expected_calibration_error(reliability_bins(probabilities, split.labels)):.2%}" in found.text["b"]
+    assert f"{calibration_error(probabilities, split.labels):.2%}" in found.text["b"]
     headings = ["Curves", "Confusions", "Calibration", "Worst mistakes", "Classes", "Recipe", "Where it comes from"]
     assert found.text["h2"] == headings
     assert "epochs" in found.text["code"] and "ab12" in found.text["code"]
@@ -163,20 +163,20 @@ def test_ticks_are_round_and_reach_both_ends(least, most, expected):
 
 def test_bins_hold_what_was_sure_and_what_was_right():
     probabilities = np.array([[0.95, 0.05], [0.92, 0.08], [0.375, 0.625], [0.5, 0.5]], np.float32)
-    bins = reliability_bins(probabilities, np.array([0, 1, 1, 1]), count=10)
+    truth = np.array([0, 1, 1, 1])
+    bins = reliability(probabilities, truth, 10)
     filled = {entry.low: entry for entry in bins if entry.images}
     assert [entry.images for entry in bins] == [0, 0, 0, 0, 1, 0, 1, 0, 0, 2]
     assert filled[0.9].confidence == pytest.approx(0.935) and filled[0.9].accuracy == 0.5
     # By hand: (2 · |0.935 − 0.5| + 1 · |0.625 − 1| + 1 · |0.5 − 0|) / 4
-    assert expected_calibration_error(bins) == pytest.approx((0.87 + 0.375 + 0.5) / 4)
+    assert calibration_error(probabilities, truth, 10) == pytest.approx((0.87 + 0.375 + 0.5) / 4)
 
 
 def test_a_calibrated_model_has_no_error():
     random = np.random.default_rng(0)
     sure = random.uniform(0.5, 1, 200_000)
     truth = (random.uniform(0, 1, len(sure)) > sure).astype(np.int64)
-    bins = reliability_bins(np.stack([sure, 1 - sure], axis=1).astype(np.float32), truth)
-    assert expected_calibration_error(bins) < 0.005
+    assert calibration_error(np.stack([sure, 1 - sure], axis=1).astype(np.float32), truth) < 0.005
 
 
 def test_the_worst_mistakes_are_the_surest():

@@ -1,12 +1,13 @@
 """`train`: data and a recipe in, a run out."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands.flags import DATA_HELP, add_cache, add_device, add_knobs, recipe_of
 from training.names import check_name, name_of
-from training.progress import say
+from training.progress import duration, say
 from training.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def _run(options: argparse.Namespace) -> None:
 def _train_into(directory: Path, options: argparse.Namespace) -> None:
     from training.data import load_split, read_listing
     from training.devices import choose_device, describe
+    from training.events import Events
     from training.runs import match_run, open_run
     from training.train import Start, check_network, train
 
@@ -68,19 +70,23 @@ def _train_into(directory: Path, options: argparse.Namespace) -> None:
         f"Training {recipe.network} on {len(train_split.labels):,} images of {len(listing.classes)} classes, "
         f"testing on {len(test_split.labels):,}, into {directory} ({start.hardware})."
     )
-    finished = 0 if checkpoint is None else len(checkpoint.history)
+    finished = begun_after = 0 if checkpoint is None else len(checkpoint.history)
+    events, begun = Events(directory, () if checkpoint is None else checkpoint.history), time.monotonic()
     try:
         for epoch in train(directory, start, train_split, test_split, device):
             finished = epoch.epoch
+            events.append(epoch)
+            left = (time.monotonic() - begun) / (finished - begun_after) * (recipe.epochs - finished)
             say(
                 f"epoch {epoch.epoch}/{recipe.epochs}  train loss {epoch.train_loss:.4f}, {epoch.train_accuracy:.2%}  "
                 f"test loss {epoch.test_loss:.4f}, {epoch.test_accuracy:.2%}  "
                 f"{epoch.seconds:.1f} s, {epoch.images_per_s:,.0f} images/s"
+                f"{f', {duration(left)} left' if left else ''}"
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(directory, finished, recipe.epochs, options.command_line)) from None
     _draw_run(directory, test_split, device, options.command_line)
-    say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and pictures of the run.")
+    say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and a report of the run.")
 
 
 def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: str) -> str:

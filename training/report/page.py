@@ -15,12 +15,10 @@ from app import __version__
 from training.atomic import replacing
 from training.data import Split
 from training.evaluate import measure_figures
-from training.reliability import expected_calibration_error, reliability_bins
+from training.reliability import calibration_error, reliability
 from training.report import sections
 from training.report.markup import Markup, element
-from training.runs import Epoch
-
-REPORT_FILE = "report.html"
+from training.runs import REPORT_FILE, Epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +57,11 @@ def write_report(
 def page(told: Told, split: Split, probabilities: NDArray[np.float32], labels: tuple[str, ...]) -> str:
     """Return the document; arguments as of `write_report`."""
     figures = measure_figures(probabilities, split.labels, labels)
-    bins = reliability_bins(probabilities, split.labels)
+    bins, error = reliability(probabilities, split.labels), calibration_error(probabilities, split.labels)
     measured = {
         "accuracy": f"{figures.accuracy:.2%}",
         "top-5 accuracy": "" if figures.top5 is None else f"{figures.top5:.2%}",
-        "calibration error": f"{expected_calibration_error(bins):.2%}",
+        "calibration error": f"{error:.2%}",
         "test images": f"{figures.images:,}",
     }
     tiles = {name: value for name, value in {**measured, **told.tiles}.items() if value}
@@ -78,7 +76,7 @@ def page(told: Told, split: Split, probabilities: NDArray[np.float32], labels: t
         "main",
         sections.curves(told.history) if told.history else None,
         sections.confusions(figures),
-        sections.calibration(bins),
+        sections.calibration(bins, error),
         sections.mistakes(split, probabilities, labels),
         sections.classes(figures),
         sections.recipe(told.recipe) if told.recipe else None,

@@ -10,7 +10,7 @@ from PIL import Image
 from training.data import Split
 from training.evaluate import Figures, worst_mistakes
 from training.recipes import Recipe
-from training.reliability import Bin, expected_calibration_error
+from training.reliability import Bin
 from training.report.charts import MOST_NAMED, Line, data_uri, heat_map, line_chart, reliability_diagram
 from training.report.markup import Markup, element, joined
 from training.runs import Epoch
@@ -65,12 +65,12 @@ def curves(history: Sequence[Epoch]) -> Markup:
 # ---------------------------------------------------------------- calibration
 
 
-def calibration(bins: Sequence[Bin]) -> Markup:
+def calibration(bins: Sequence[Bin], error: float) -> Markup:
     """Draw how far confidence can be taken at its word."""
-    error = expected_calibration_error(bins)
-    images = sum(entry.images for entry in bins)
-    confidence = sum(entry.images * entry.confidence for entry in bins) / images
-    accuracy = sum(entry.images * entry.accuracy for entry in bins) / images
+    filled = [entry for entry in bins if entry.images]
+    images = sum(entry.images for entry in filled)
+    confidence = sum(entry.images * entry.confidence for entry in filled) / images
+    accuracy = sum(entry.images * entry.accuracy for entry in filled) / images
     lean = "more sure than right" if confidence > accuracy else "more right than sure"
     told = element(
         "div",
