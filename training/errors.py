@@ -53,3 +53,9 @@ class GraphError(ConvoyError):
     """An ONNX file cannot be read, or not everything in it can be counted."""
 
     code = "bad_graph"
+
+
+class ClaimError(ConvoyError):
+    """Runs do not hold what a recipe claims, or cannot be compared with it."""
+
+    code = "claim_not_held"

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from training.claims import named_recipe
 from training.errors import RunError
 from training.recipes import Recipe, flag, make_recipe
 
@@ -67,10 +68,12 @@ def count(text: str) -> int:
 
 
 def recipe_of(options: argparse.Namespace, checkpoint: "Checkpoint | None") -> Recipe:
-    """Return the recipe of the flags that were given, upon the run's own where one is resumed."""
+    """Return the recipe of the flags that were given, upon a named one, upon the run's own where one is resumed."""
+    name = getattr(options, "recipe", None)
+    named = {} if name is None else named_recipe(name).model_dump()
     given = {knob: getattr(options, knob) for knob in Recipe.model_fields if hasattr(options, knob)}
     stored = {} if checkpoint is None else checkpoint.recipe.model_dump()
-    return make_recipe(**(stored | given))
+    return make_recipe(**(stored | named | given))
 
 
 def data_of(model: Path, given: Path | None) -> Path:

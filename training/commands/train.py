@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.claims import CLAIMED
 from training.commands.flags import DATA_HELP, add_cache, add_device, add_knobs, recipe_of
 from training.names import check_name, name_of
 from training.progress import duration, say
@@ -26,6 +27,9 @@ def add(commands: Any) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run after its last finished epoch")
     again.add_argument("--force", action="store_true", help="discard the run that is there, and start anew")
+    parser.add_argument(
+        "--recipe", choices=sorted(CLAIMED), help="begin from a recipe with a claim; other flags win over it"
+    )
     add_device(parser)
     add_cache(parser)
     add_knobs(parser.add_argument_group("recipe", "The defaults are the article's."), tuple(Recipe.model_fields))
