@@ -36,8 +36,8 @@ class Moves:
     holes: Tensor | None
     """int64 `[n, 2]`: row and column of the middle of the square that is covered."""
 
-    def part(self, chosen: slice) -> "Moves":
-        """Return what is done to a part of the batch."""
+    def part(self, chosen: slice | Tensor) -> "Moves":
+        """Return what is done to some images of the batch: a slice, or int64 places."""
         every = (self.matrices, self.mirrored, self.shifts, self.holes)
         return Moves(*(None if draws is None else draws[chosen] for draws in every))
 

@@ -28,13 +28,14 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def counting(what: str, total: int, rounds_after: int = 0) -> Iterator[Advance]:
+def counting(what: str, total: int, rounds_after: int = 0, *, shown: bool = True) -> Iterator[Advance]:
     """Show a bar, or now and then a line where nobody watches; the value yielded advances it: `advance(32, note="…")`.
 
     Args:
         what: what is counted.
         total: until when.
         rounds_after: how many more such countings follow; with some, the time left of all is told too.
+        shown: whether anything is told.
     """
     console = Console(stderr=True)
     columns = (
@@ -46,7 +47,7 @@ def counting(what: str, total: int, rounds_after: int = 0) -> Iterator[Advance]:
     )
     begun = time.monotonic()
     next_line = begun + LINE_EVERY_S
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task, done, last_note = progress.add_task(what, total=total, note=""), 0, ""
 
         def advance(count: int, note: str | None = None) -> None:
@@ -57,7 +58,7 @@ def counting(what: str, total: int, rounds_after: int = 0) -> Iterator[Advance]:
             now = time.monotonic()
             left = _time_left(now - begun, done, total, rounds_after)
             progress.update(task, advance=count, note=f"{last_note}{left if rounds_after else ''}")
-            if not console.is_terminal and now >= next_line:
+            if shown and not console.is_terminal and now >= next_line:
                 next_line = now + LINE_EVERY_S
                 sys.stderr.write(f"{what}: {done / total:.0%}  {last_note}{left}\n")
                 sys.stderr.flush()
