@@ -182,9 +182,9 @@ def cells(bundle: Bundle, speed: Speed | None) -> list[str]:
     tested = f"{manifest.evaluation['images']:,} of {Path(data_of(bundle)).name}"
     return [
         f"`{name_of(bundle)}`",
-        f"{manifest.evaluation['accuracy']:.2%}",
+        percent(manifest.evaluation["accuracy"]),
         tested,
-        NOTHING if error is None else f"{error:.2%}",
+        NOTHING if error is None else percent(error),
         counted(costs.parameters),
         counted(costs.multiply_adds),
         f"{manifest.model.size_bytes / 1e6:.2f} MB",
@@ -194,6 +194,10 @@ def cells(bundle: Bundle, speed: Speed | None) -> list[str]:
         weights(bundle),
         licence(bundle),
     ]
+
+
+def percent(share: float) -> str:
+    return f"{share * 100:.2f} %"
 
 
 def speed_of(bundle: Bundle, result: dict[str, Any]) -> Speed | None:

@@ -67,7 +67,7 @@ def test_the_table_tells_what_manifests_graphs_and_the_last_measurement_hold():
     assert f"\n{models.table(bundles, result)}" == TABLE
     for bundle in bundles:
         cells = ROWS[models.name_of(bundle)].split(" | ")
-        assert cells[0] == f"{bundle.manifest.evaluation['accuracy']:.2%}"
+        assert cells[0] == f"{bundle.manifest.evaluation['accuracy'] * 100:.2f} %"
         assert cells[5] == f"{bundle.model_path.stat().st_size / 1e6:.2f} MB"
         assert models.NOTHING not in cells[6:9], "its speed was measured on another file"
 
