@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from app.errors import BundleError
 from app.tensors import Array
+from app.trust import Calibration, Conformal, OutOfDistribution, Record, Reference
 
 MANIFEST_FILE = "model.json"
 MODEL_FILE = "model.onnx"
@@ -32,6 +33,8 @@ INPUT_NAME = "image"
 """Graph input: uint8 `[N, height, width, 3]`, RGB, 0–255."""
 OUTPUT_NAME = "probabilities"
 """Graph output: float32 `[N, classes]`, each row sums to 1."""
+ENERGY_NAME = "energy"
+"""A second graph output, which a bundle may lack: float32 `[N]`, nats, high for images unlike all classes."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
@@ -41,13 +44,7 @@ Version = Annotated[str, Field(pattern=f"^{VERSION_PATTERN}$")]
 RelativeFile = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")]
 
 
-class _Record(BaseModel):
-    """Immutable, and an unknown field is an error: a misspelt promise is no promise."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PixelRecipe(_Record):
+class PixelRecipe(Record):
     """How an encoded image becomes the uint8 `[height, width, 3]` array that the graph takes.
 
     The short side is resized to `resize_short_side`, then the centre `height` × `width` is cropped. Everything after
@@ -78,7 +75,7 @@ class PixelRecipe(_Record):
         return self
 
 
-class ModelFile(_Record):
+class ModelFile(Record):
     """The ONNX file and the digest that identifies it."""
 
     file: RelativeFile = MODEL_FILE
@@ -87,7 +84,7 @@ class ModelFile(_Record):
     opset: int = Field(ge=1)
 
 
-class GoldenImage(_Record):
+class GoldenImage(Record):
     """One encoded image that the model must still classify as `label`."""
 
     file: RelativeFile
@@ -95,7 +92,7 @@ class GoldenImage(_Record):
     label: str
 
 
-class GoldenSet(_Record):
+class GoldenSet(Record):
     """Images and the probabilities that they must give, float32 `[images, classes]`, within `tolerance`."""
 
     images: tuple[GoldenImage, ...] = Field(min_length=1)
@@ -104,7 +101,7 @@ class GoldenSet(_Record):
     tolerance: float = Field(gt=0, le=0.1, description="Largest allowed absolute difference of a probability.")
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Where the weights come from and under which terms they may be used."""
 
     source: str
@@ -113,7 +110,7 @@ class Provenance(_Record):
     created: str = Field(description="UTC date, ISO 8601.")
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """`model.json`: everything about a model that is not in its graph."""
 
     schema_version: Literal[1] = 1
@@ -126,6 +123,10 @@ class Manifest(_Record):
     golden: GoldenSet
     training: dict[str, JsonValue] = Field(default_factory=dict, description="Recipe and history, for people.")
     evaluation: dict[str, JsonValue] = Field(default_factory=dict, description="Figures, and on what measured.")
+    calibration: Calibration | None = None
+    conformal: Conformal | None = None
+    ood: OutOfDistribution | None = None
+    reference: Reference | None = None
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -137,8 +138,17 @@ class Manifest(_Record):
             raise ValueError(f"the label '{twice}' stands twice")
         return self
 
+    @model_validator(mode="after")
+    def _reference_knows_the_labels(self) -> Self:
+        if self.reference is not None and len(self.reference.predicted) != len(self.labels):
+            raise ValueError(
+                f"the reference counts {len(self.reference.predicted)} predicted labels, but there are "
+                f"{len(self.labels)}"
+            )
+        return self
 
-class TensorGolden(_Record):
+
+class TensorGolden(Record):
     """Inputs and the outputs they must give: arrays of one NumPy archive, `in.<input>` and `out.<output>`."""
 
     file: RelativeFile = TENSORS_FILE
@@ -146,7 +156,7 @@ class TensorGolden(_Record):
     tolerance: float = Field(gt=0, description="Largest allowed absolute difference of a number.")
 
 
-class TensorManifest(_Record):
+class TensorManifest(Record):
     """`model.json` of a model that takes tensors, not images: any ONNX graph. The graph itself says its shapes."""
 
     schema_version: Literal[1] = 1

@@ -47,6 +47,25 @@ def read_photos(folder: Path) -> tuple[Picture, ...]:
     return tuple(_picture(folder, folder, entry, NO_LABEL) for entry in found)
 
 
+def read_photos_below(folder: Path) -> tuple[Picture, ...]:
+    """List the images in a folder and in all folders below it, without classes; other files are passed over.
+
+    Raises:
+        DataError: there is no image, or no such folder.
+    """
+    found: list[Picture] = []
+    pending = [folder]
+    while pending:
+        here = pending.pop()
+        entries = _entries(here)
+        images = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
+        found += [_picture(folder, here, entry, NO_LABEL) for entry in images]
+        pending += [Path(entry.path) for entry in reversed(entries) if entry.is_dir()]
+    if not found:
+        raise DataError(f"{folder} holds no .jpg, .jpeg, .png or .webp image.")
+    return tuple(found)
+
+
 def _classes(folder: Path) -> tuple[str, ...]:
     for entry in _entries(folder):
         if not entry.is_dir():

@@ -9,17 +9,19 @@ from training.names import check_name, check_version, next_version
 from training.progress import say
 
 if TYPE_CHECKING:
+    from app.manifest import Manifest, PixelRecipe
     from training.data import Split
     from training.export import Offer
     from training.listing import Picture
     from training.servable import Servable
+    from training.trust import Strangers
+
+MOST_STRANGERS = 1000
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the bundle goes and what is told of it."""
-    parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
-    parser.add_argument("--version", help="a whole number; default: the next free one")
-    parser.add_argument("--force", action="store_true", help="replace the version if it exists")
+    """Add the flags that say where the bundle goes, what is told of it, and what its probabilities are measured by."""
+    add_place(parser)
     parser.add_argument(
         "--golden-from",
         type=Path,
@@ -27,6 +29,32 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
         help="photos to make the golden set from, where the test images may not be passed on; default: test images",
     )
     parser.add_argument("--description", help="what the model is, for the manifest")
+    add_evidence(parser)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the bundle goes."""
+    parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
+    parser.add_argument("--version", help="a whole number; default: the next free one")
+    parser.add_argument("--force", action="store_true", help="replace the version if it exists")
+
+
+def add_evidence(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what the probabilities are fitted and measured with."""
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the graph gets the temperature that makes its probabilities honest (yes)",
+    )
+    parser.add_argument(
+        "--unfamiliar",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="images of none of the classes, to measure how well they are told apart; may be given several times",
+    )
 
 
 def version_of(options: argparse.Namespace, name: str) -> str:
@@ -49,21 +77,58 @@ def golden_photos(options: argparse.Namespace) -> "tuple[Picture, ...]":
     return () if options.golden_from is None else read_photos(options.golden_from)
 
 
+def strangers(options: argparse.Namespace, pixels: "PixelRecipe") -> "tuple[Strangers, ...]":
+    """Return the images of `--unfamiliar`, up to 1,000 of each folder, at even distances."""
+    from training.data import load_split
+    from training.trees import read_photos_below
+    from training.trust import Strangers
+
+    found = []
+    for folder in options.unfamiliar:
+        pictures = read_photos_below(folder)
+        some = pictures[:: -(-len(pictures) // MOST_STRANGERS)]
+        found.append(Strangers(str(folder), load_split(some, pixels, options.cache_dir).images))
+    return tuple(found)
+
+
+def describe_trust(manifest: "Manifest") -> None:
+    """Say how honest a bundle's probabilities are."""
+    calibration, conformal, ood = manifest.calibration, manifest.conformal, manifest.ood
+    assert calibration is not None and conformal is not None and ood is not None, "every new bundle has them"
+    say(
+        f"Temperature {calibration.temperature:g}: calibration error "
+        f"{calibration.before.calibration_error:.2%} before, "
+        f"{calibration.after.calibration_error:.2%} after ({calibration.after.chance_error:.2%} would be chance), "
+        f"on {calibration.measured_images:,} images. {calibration.note}".rstrip()
+    )
+    sets = ", ".join(f"{entry.coverage:.0%}: {entry.mean_size:.4g}" for entry in conformal.sets)
+    say(f"Labels in a set that holds the true one, by promise: {sets}.")
+    for stranger in ood.unfamiliar:
+        say(
+            f"Told from {stranger.data} by energy with AUROC {stranger.auroc:.3f}, "
+            f"by probability with {stranger.auroc_of_probability:.3f}."
+        )
+
+
 def write(
     servable: "Servable",
     offer: "Offer",
     split: "Split",
     golden_from: "tuple[Picture, ...]",
     options: argparse.Namespace,
+    held_out: "Split | None" = None,
 ) -> None:
     """Export, and say what was measured."""
     from training.export import GOLDEN_TOLERANCE, export
+    from training.trust import Evidence
 
     target = options.models_dir / offer.name / offer.version
-    exported = export(servable, offer, split, target, golden_from)
+    evidence = Evidence(held_out, strangers=strangers(options, offer.pixels), calibrate=options.calibrate)
+    exported = export(servable, offer, split, target, golden_from, evidence)
     size_mb = exported.bundle.manifest.model.size_bytes / 1e6
     say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
     say(f"ONNX Runtime and PyTorch differ by at most {exported.difference:.1e} in a probability.")
+    describe_trust(exported.bundle.manifest)
     unnoticed = [wrong for wrong, change in exported.detects.items() if change <= GOLDEN_TOLERANCE]
     if unnoticed:
         say(f"Note: this network hardly reacts to {', '.join(unnoticed)}, so its golden images would not notice.")

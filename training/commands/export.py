@@ -28,7 +28,7 @@ def _run(options: argparse.Namespace) -> None:
     from training.classifiers import origin_of, servable_of
     from training.data import load_split, read_listing
     from training.export import Offer
-    from training.listing import choose_part, kept_from_training
+    from training.listing import choose_part, kept_from_training, validation_of
     from training.runs import read_checkpoint
 
     checkpoint = read_checkpoint(options.model)
@@ -41,6 +41,8 @@ def _run(options: argparse.Namespace) -> None:
     kept_from_training(listing, data, origin)
     _, pictures, words = choose_part(listing, data, origin, "test")
     split = load_split(pictures, recipe.pixels, options.cache_dir)
+    held_out = validation_of(listing, data, origin)
+    held_out_split = load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None
     finished = len(checkpoint.history)
     is_finished = finished == recipe.epochs
     weights = "those after the last epoch" if is_finished else f"those after epoch {finished} of {recipe.epochs}"
@@ -67,4 +69,4 @@ def _run(options: argparse.Namespace) -> None:
         licence=options.licence,
         command=options.command_line,
     )
-    write(servable_of(checkpoint), offer, split, golden_from, options)
+    write(servable_of(checkpoint), offer, split, golden_from, options, held_out_split)
