@@ -208,8 +208,8 @@ def speed_of(bundle: Bundle, result: dict[str, Any]) -> Speed | None:
 
 def calibration_error(bundle: Bundle) -> float | None:
     """Return the calibration error of what is served; older manifests do not tell."""
-    told = json.loads((bundle.directory / MANIFEST_FILE).read_text()).get("calibration") or {}
-    return told.get("after", {}).get("calibration_error")
+    calibration = bundle.manifest.calibration
+    return None if calibration is None else calibration.after.calibration_error
 
 
 def data_of(bundle: Bundle) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from training.calibration import calibration_error
 from training.data import Split
 from training.evaluate import worst_mistakes
 from training.listing import Picture
 from training.recipes import Recipe
-from training.reliability import calibration_error, reliability
 from training.report.charts import Line, line_chart, nice_ticks
 from training.report.markup import Markup, element
 from training.report.page import Told, page, write_report
@@ -159,24 +159,6 @@ def test_lines_end_where_their_values_are():
 )
 def test_ticks_are_round_and_reach_both_ends(least, most, expected):
     assert nice_ticks(least, most) == pytest.approx(expected)
-
-
-def test_bins_hold_what_was_sure_and_what_was_right():
-    probabilities = np.array([[0.95, 0.05], [0.92, 0.08], [0.375, 0.625], [0.5, 0.5]], np.float32)
-    truth = np.array([0, 1, 1, 1])
-    bins = reliability(probabilities, truth, 10)
-    filled = {entry.low: entry for entry in bins if entry.images}
-    assert [entry.images for entry in bins] == [0, 0, 0, 0, 1, 0, 1, 0, 0, 2]
-    assert filled[0.9].confidence == pytest.approx(0.935) and filled[0.9].accuracy == 0.5
-    # By hand: (2 · |0.935 − 0.5| + 1 · |0.625 − 1| + 1 · |0.5 − 0|) / 4
-    assert calibration_error(probabilities, truth, 10) == pytest.approx((0.87 + 0.375 + 0.5) / 4)
-
-
-def test_a_calibrated_model_has_no_error():
-    random = np.random.default_rng(0)
-    sure = random.uniform(0.5, 1, 200_000)
-    truth = (random.uniform(0, 1, len(sure)) > sure).astype(np.int64)
-    assert calibration_error(np.stack([sure, 1 - sure], axis=1).astype(np.float32), truth) < 0.005
 
 
 def test_the_worst_mistakes_are_the_surest():

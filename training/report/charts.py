@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.reliability import Bin
+from training.calibration import Bin
 from training.report.markup import Markup, element, joined
 
 Format = Callable[[float], str]

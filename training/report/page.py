@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from app import __version__
 from training.atomic import replacing
+from training.calibration import calibration_error, reliability
 from training.data import Split
 from training.evaluate import measure_figures
-from training.reliability import calibration_error, reliability
 from training.report import sections
 from training.report.markup import Markup, element
 from training.runs import REPORT_FILE, Epoch
