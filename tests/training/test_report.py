@@ -1,6 +1,7 @@
 """The report of a run and of a bundle: one file, whole, safe, and right in what it draws."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from training.data import Split
 from training.evaluate import worst_mistakes
 from training.listing import Picture
 from training.recipes import Recipe
+from training.report import sections
 from training.report.charts import Line, line_chart, nice_ticks
 from training.report.markup import Markup, element
 from training.report.page import Told, page, write_report
@@ -126,6 +128,13 @@ def test_a_model_that_is_always_right_has_a_report_too():
     split, _ = answers(3, 6)
     document = page(Told(title="perfect", lede=""), split, np.eye(3, dtype=np.float32)[split.labels], ("a", "b", "c"))
     assert Page(document).text["h2"] == ["Confusions", "Calibration", "Classes", "Where it comes from"]
+
+
+def test_what_was_held_out_has_its_line_too():
+    held_out = [replace(epoch, validation_loss=1.25, validation_accuracy=0.5) for epoch in history(3)]
+    drawn = sections.curves(held_out)
+    assert drawn.count('class="line validation"') == 2 and "validation 1.250<" in drawn
+    assert "validation" not in sections.curves(history(3))
 
 
 def test_a_bundle_tells_what_its_manifest_holds():

@@ -50,13 +50,15 @@ def _run(options: argparse.Namespace) -> None:
     recipe, claim = named(options.recipe)
     listing = read_listing(options.data).split(recipe.test_fraction, recipe.seed)
     _check_data(claim, listing, options.data)
-    train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
-    test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
+    rest, held_out = listing.hold_out(recipe.validation_fraction, recipe.seed)
+    train_split = load_split(rest.part("train"), recipe.pixels, options.cache_dir)
+    test_split = load_split(rest.part("test"), recipe.pixels, options.cache_dir)
+    validation_split = load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None
     say(f"{options.recipe}: {_words(claim)} Training {options.runs} times on {describe(device)}.")
     trials = []
     for number in range(options.runs):
         seeded = recipe.model_copy(update={"seed": recipe.seed + number})
-        trial = _trial(seeded, listing, train_split, test_split, device)
+        trial = _trial(seeded, listing, device, train_split, test_split, validation_split)
         trials.append(trial)
         say(
             f"run {number + 1}/{options.runs}  seed {trial.seed}  accuracy {trial.accuracy:.2%}  "
@@ -79,7 +81,12 @@ def _check_data(claim: Claim, listing: "Listing", data: Path) -> None:
 
 
 def _trial(
-    recipe: Recipe, listing: "Listing", train_split: "Split", test_split: "Split", device: "torch.device"
+    recipe: Recipe,
+    listing: "Listing",
+    device: "torch.device",
+    train_split: "Split",
+    test_split: "Split",
+    validation_split: "Split | None",
 ) -> Trial:
     from tempfile import TemporaryDirectory
 
@@ -87,7 +94,7 @@ def _trial(
 
     start = Start(recipe, listing.classes, data="", data_digest=listing.digest, command="", hardware="")
     with TemporaryDirectory() as scratch:
-        history = list(train(Path(scratch), start, train_split, test_split, device))
+        history = list(train(Path(scratch), start, train_split, test_split, device, validation_split))
     seconds = sum(epoch.seconds for epoch in history)
     images = sum(epoch.images_per_s * epoch.seconds for epoch in history)
     return Trial(recipe.seed, history[-1].test_accuracy, seconds, images / seconds)

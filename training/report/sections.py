@@ -21,6 +21,8 @@ THUMBNAIL = 112
 """Longest side of a mistake's picture, pixels: with 40 of them a report stays far below a megabyte."""
 SMALL = 64
 """Pictures of this side or less are kept pixel for pixel."""
+PARTS = ("train", "validation", "test")
+"""Of the data, as the history names them; validation is there where some was held out."""
 ROW_OF_NOTHING = "–"
 
 
@@ -49,9 +51,8 @@ def curves(history: Sequence[Epoch]) -> Markup:
     epochs = [epoch.epoch for epoch in history]
     charts = []
     for what, shown in (("loss", "{:.3f}".format), ("accuracy", "{:.1%}".format)):
-        lines = [
-            Line(part, part, [getattr(epoch, f"{part}_{what}") for epoch in history]) for part in ("train", "test")
-        ]
+        values = {part: [getattr(epoch, f"{part}_{what}") for epoch in history] for part in PARTS}
+        lines = [Line(part, part, series) for part, series in values.items() if None not in series]
         tick = "{:.0%}".format if what == "accuracy" else "{:.3g}".format
         chart = line_chart(f"{what.capitalize()} by epoch", epochs, lines, tick, shown)
         charts.append(element("figure", element("figcaption", what.capitalize()), chart))
