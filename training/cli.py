@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from app.errors import ConvoyError
 from training.commands import (
+    bench,
     calibrate,
     card,
     check,
@@ -26,7 +27,7 @@ from training.commands import (
 from training.errors import RecipeError
 from training.names import is_text
 
-COMMANDS = (fetch, check, card, train, evaluate, predict, export, import_weights, few_shot, calibrate, compress)
+COMMANDS = (fetch, check, card, train, bench, evaluate, predict, export, import_weights, few_shot, calibrate, compress)
 USER_FAULT = 2
 INTERRUPTED = 130
 

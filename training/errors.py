@@ -65,3 +65,9 @@ class CompressError(ConvoyError):
     """A model cannot be compressed as asked, or loses more by it than was allowed, so no bundle is written."""
 
     code = "compress_refused"
+
+
+class ClaimError(ConvoyError):
+    """Runs do not hold what a recipe claims, or cannot be compared with it."""
+
+    code = "claim_not_held"

@@ -14,7 +14,7 @@ from PIL import Image
 from training.atomic import replacing
 from training.calibration import Bin
 from training.data import Split
-from training.evaluate import Figures
+from training.evaluate import Figures, worst_mistakes
 from training.runs import CONFUSION_FILE, CURVES_FILE, MISTAKES_FILE, Epoch
 
 DOTS_PER_INCH = 110
@@ -59,8 +59,7 @@ def draw_confusion(figures: Figures, directory: Path) -> None:
 def draw_mistakes(split: Split, probabilities: NDArray[np.float32], labels: tuple[str, ...], directory: Path) -> None:
     """Draw the wrong answers that were given with the most confidence: true label over given label."""
     given = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(given != split.labels)
-    worst = wrong[np.argsort(-probabilities[wrong, given[wrong]], kind="stable")][:MISTAKES]
+    worst = worst_mistakes(probabilities, split.labels, MISTAKES)
     rows = max(1, -(-len(worst) // COLUMNS))
     figure = Figure(figsize=(1.25 * COLUMNS, 1.65 * rows), layout="constrained")
     for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:

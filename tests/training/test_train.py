@@ -62,13 +62,15 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_run_directory_holds_recipe_history_checkpoint_and_pictures(finished: Path):
     run = finished / "runs" / "insects"
-    assert sorted(entry.name for entry in run.iterdir()) == [
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+    assert sorted(entry.name for entry in run.iterdir() if "tfevents" not in entry.name) == [
         "checkpoint.pt",
         "confusion.png",
         "curves.png",
         "history.csv",
         "mistakes.png",
         "recipe.json",
+        "report.html",
     ]
     assert json.loads((run / "recipe.json").read_text())["epochs"] == EPOCHS
     with (run / "history.csv").open() as file:

@@ -46,7 +46,9 @@ def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
     figures = json.loads(evaluated.stdout)
     assert figures["images"] == 12
     assert figures["accuracy"] > 0.6
-    assert sorted(entry.name for entry in (tmp_path / "pictures").iterdir()) == ["confusion.png", "mistakes.png"]
+    written = sorted(entry.name for entry in (tmp_path / "pictures").iterdir())
+    assert written == ["confusion.png", "mistakes.png", "report.html"]
+    assert f"{figures['accuracy']:.2%}" in (tmp_path / "runs/insects/report.html").read_text()
 
     exported = convoy_train(tmp_path, "export", "runs/insects")
     assert exported.returncode == 0, exported.stderr
