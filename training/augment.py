@@ -36,8 +36,8 @@ class Moves:
     holes: Tensor | None
     """int64 `[n, 2]`: row and column of the middle of the square that is covered."""
 
-    def part(self, chosen: slice) -> "Moves":
-        """Return what is done to a part of the batch."""
+    def part(self, chosen: slice | Tensor) -> "Moves":
+        """Return what is done to some images of the batch: a slice, or int64 places."""
         every = (self.matrices, self.mirrored, self.shifts, self.holes)
         return Moves(*(None if draws is None else draws[chosen] for draws in every))
 
@@ -206,7 +206,7 @@ class Blends:
     """int64 `[n, 4]`: top, bottom, left and right of cutmix's box, ends not included; in it the partner alone is."""
 
     def part(self, chosen: slice) -> "Blends":
-        """Return the blends of a part of the batch; partners are still numbered in the whole."""
+        """Return the blends of a part of the batch; partners are still places in the whole."""
         return Blends(self.partners[chosen], self.kept[chosen], self.boxes[chosen])
 
 
