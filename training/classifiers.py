@@ -86,7 +86,7 @@ def servable_of(checkpoint: Checkpoint) -> Servable:
     recipe = checkpoint.recipe
     network = build(recipe.network, classes=len(checkpoint.classes), size=recipe.size, dropout=recipe.dropout)
     try:
-        network.load_state_dict(checkpoint.network)
+        network.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
         raise RunError(f"The checkpoint's weights are not of the network '{recipe.network}' that it names.") from error
     return Servable(network, recipe).eval()

@@ -18,7 +18,8 @@ def choose_device(name: str) -> torch.device:
         raise RecipeError("--device cuda: PyTorch finds no CUDA device here; use --device cpu.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    # Each of torchrun's processes has a GPU of its own.
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 
 
 def deterministic() -> None:
@@ -29,8 +30,9 @@ def deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, processes: int = 1) -> str:
     """Say what the figures of a run were measured on."""
+    several = f"{processes} processes on " if processes > 1 else ""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+        return f"{several}{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{several}{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"

@@ -50,6 +50,7 @@ class Origin:
     """The digest of the listing, divided as it was; empty where it is not known."""
     test_fraction: float = 0.2
     seed: int = 0
+    validation_fraction: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,42 @@ class Listing:
             train=tuple(picture for index, picture in enumerate(self.train) if index not in held_out),
             test=tuple(self.train[index] for index in sorted(held_out)),
         )
+
+    def hold_out(self, fraction: float, seed: int) -> "tuple[Listing, tuple[Picture, ...]]":
+        """Cut a validation part from train, the same share of every class, drawn from `seed`; test stays as it is.
+
+        Take the digest before: it tells of all the images, this of some. A class keeps at least one image to train
+        on, and one with a single image gives none.
+
+        Returns:
+            The listing that is left to train and test on, and the pictures held out.
+        """
+        held_out: set[int] = set()
+        labels = np.array([picture.label for picture in self.train])
+        for label in range(len(self.classes)) if fraction else ():
+            members = np.flatnonzero(labels == label)
+            count = min(max(1, round(len(members) * fraction)), max(0, len(members) - 1))
+            # A number more than split() draws with: else the first to be held out would be those that came next there.
+            held_out |= set(np.random.default_rng([seed, label, 1]).permutation(members)[:count].tolist())
+        rest = replace(self, train=tuple(self.train[index] for index in range(len(labels)) if index not in held_out))
+        return rest, tuple(self.train[index] for index in sorted(held_out))
+
+
+def validation_of(listing: Listing, data: Path, origin: Origin) -> tuple[Picture, ...]:
+    """Return the pictures that were held out from a training's train part, for calibration; none where none were.
+
+    Raises:
+        DataError: its images are not those of the training, so that the draw would give images trained on.
+    """
+    if not origin.validation_fraction:
+        return ()
+    divided = _divided(listing, origin)
+    if divided is None or divided.digest != origin.digest:
+        raise DataError(
+            f"{data} does not hold the very images that the model was trained on, so which were held out for "
+            "validation cannot be told: restore it, or train anew."
+        )
+    return divided.hold_out(origin.validation_fraction, origin.seed)[1]
 
 
 def kept_from_training(listing: Listing, data: Path, origin: Origin) -> Listing:

@@ -17,7 +17,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def counting(what: str, total: int) -> Iterator[Advance]:
+def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Advance]:
     """Show a bar; the value yielded advances it: `advance(32, note="loss 0.51")`."""
     console = Console(stderr=True)
     columns = (
@@ -27,7 +27,7 @@ def counting(what: str, total: int) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(what, total=total, note="")
 
         def advance(count: int, note: str | None = None) -> None:

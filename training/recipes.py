@@ -50,11 +50,33 @@ class Recipe(BaseModel):
         default=0.2, gt=0, lt=1, description="Share held out for test where the data has no test/ folder."
     )
 
+    validation_fraction: float = Field(
+        default=0, ge=0, lt=1, description="Share held out from the training images, to calibrate and stop by."
+    )
+
     epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
     batch_size: int = Field(default=32, ge=1, description="Images per step.")
-    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="Adam, or SGD with momentum 0.9.")
-    learning_rate: float = Field(default=0.001, gt=0, description="Step size, constant.")
+    optimizer: Literal["adam", "sgd", "adamw", "muon"] = Field(default="adam", description="What takes the steps.")
+    learning_rate: float = Field(default=0.001, gt=0, description="Step size, at its largest.")
+    plain_rate: float = Field(default=0.05, gt=0, description="Step size of what is not a filter, with muon.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd, and of muon's filters.")
+    nesterov: bool = Field(default=False, description="Let sgd look ahead along its momentum.")
+    weight_decay: float = Field(default=0, ge=0, description="Pull towards zero: L2 for sgd and adam, apart for adamw.")
+    schedule: Literal["constant", "one-cycle", "cosine"] = Field(
+        default="constant", description="How the step size changes over the run."
+    )
+    warmup: float = Field(default=0, ge=0, lt=1, description="Share of the run in which the step size rises.")
     loss: Literal["cross-entropy"] = Field(default="cross-entropy", description="Training loss.")
+    label_smoothing: float = Field(default=0, ge=0, lt=1, description="Share of the target that goes to all classes.")
+    ema: float = Field(default=0, ge=0, lt=1, description="Decay of a moving average of the weights, kept; 0: none.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="What convolutions compute in; weights and steps stay fp32. fp16 needs a GPU."
+    )
+    channels_last: bool = Field(default=False, description="Lay planes out by pixel: faster with bf16 and on GPUs.")
+    accumulate: int = Field(default=1, ge=1, description="Parts that a step's images pass the network in, for memory.")
+    patience: int = Field(
+        default=0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: no."
+    )
     dropout: float = Field(default=0.5, ge=0, lt=1, description="Share of features dropped before the last layer.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Same seed, data and machine: same weights, bit for bit.")
 
@@ -102,6 +124,10 @@ def make_recipe(**fields: Any) -> Recipe:
     """
     try:
         recipe = Recipe.model_validate(fields)
+        if recipe.accumulate > recipe.batch_size:
+            raise RecipeError(f"--accumulate: input should be at most --batch-size, which is {recipe.batch_size}.")
+        if recipe.patience and not recipe.validation_fraction:
+            raise RecipeError("--patience: needs --validation-fraction: the test images must not say when to stop.")
         if not all(recipe.std):
             raise RecipeError("--std: 0 cannot be divided by.")
         for knob in ("shift", "cutout"):

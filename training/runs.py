@@ -23,7 +23,7 @@ from training.errors import RunError
 from training.listing import Listing
 from training.recipes import Recipe, flag, make_recipe
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT_FILE = "checkpoint.pt"
 RECIPE_FILE = "recipe.json"
 HISTORY_FILE = "history.csv"
@@ -46,6 +46,9 @@ class Epoch:
     test_accuracy: float
     seconds: float
     images_per_s: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    """Of the part of the training images that was held out, if one was; after an epoch, as the test figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,17 @@ class Checkpoint:
     history: tuple[Epoch, ...]
     network: dict[str, Tensor]
     optimizer: dict[str, Any]
+    average: dict[str, Any]
+    """The moving average and its age; empty without one."""
+    scaler: dict[str, Any]
+    """Of half-precision gradients; empty without."""
+    best: dict[str, Tensor]
+    """The weights that were best on the validation part, if that decides; empty otherwise."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that answer: the best, the moving average or the last, as the recipe has it."""
+        return self.best or self.average.get("weights") or self.network
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
@@ -127,14 +141,14 @@ def open_run(directory: Path, *, resume: bool, force: bool) -> Checkpoint | None
 
 
 def match_run(directory: Path, checkpoint: Checkpoint, recipe: Recipe, listing: Listing) -> None:
-    """Check that a resumed run would go on as it began; only `epochs` may differ.
+    """Check that a resumed run would go on as it began; only `epochs` may differ, where no schedule depends on it.
 
     Raises:
         RunError: recipe, classes or data are not those of the run.
     """
     for knob, before in checkpoint.recipe.model_dump().items():
         now = getattr(recipe, knob)
-        if now != before and knob != "epochs":
+        if now != before and (knob != "epochs" or recipe.schedule != "constant"):
             raise RunError(
                 f"{directory} was begun with {flag(knob)} {before}, not {now}: leave {flag(knob)} out to resume it."
             )
@@ -215,5 +229,5 @@ def _csv(history: tuple[Epoch, ...]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(Epoch)])
     for epoch in history:
-        writer.writerow([f"{value:.6g}" for value in astuple(epoch)])
+        writer.writerow(["" if value is None else f"{value:.6g}" for value in astuple(epoch)])
     return text.getvalue()

@@ -4,41 +4,49 @@ The article's network and recipe attain 65.01 % on the 10,000 test images of CIF
 training images (JPEG copies at quality 75; n=1, seed 0, three runs bit for bit alike), in 5.4 minutes on 2 CPU cores
 that other work shared, using torch==2.13.0. The fastest epoch took 20.8 s, 2,400 images/s.
 
-Reads from top to bottom: what a run starts from, the epochs, one epoch, the measurement. Everything random comes from
-(seed, epoch), so a resumed run needs no generator's state to end in the same weights. The last weights are kept, not
-the best on the test images, as in the article: choosing by test accuracy would spoil it as a measurement.
+Reads from top to bottom: the run, what learns, one epoch, one batch, the measurement. Everything random comes from
+(seed, epoch), so a resumed run needs no generator's state to end in the same weights. Which weights are kept is never
+chosen by the test images, which would spoil them as a measurement: the last ones are, or those that were best on a
+validation part of the training images.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, one_hot
 
-from training.augment import augment
+from training.augment import alternate, blend, draw_blends, draw_moves, move
+from training.averages import Average
+from training.balance import class_weights, epoch_order
 from training.data import Split
 from training.devices import deterministic
 from training.errors import DivergedError, RecipeError
 from training.nets import build
+from training.optimizers import make_optimizer
 from training.progress import counting
+from training.ranks import ALONE, Ranks
 from training.recipes import Recipe
 from training.runs import Checkpoint, Epoch, write_checkpoint
+from training.schedules import rate_at
 from training.servable import Normalise
 
 MEASURE_BATCH = 500
 STEPS_BETWEEN_NOTES = 20
-SGD_MOMENTUM = 0.9
-ADAM_EPSILON = 1e-7
-"""Keras' value; PyTorch's is 1e-8. Keras applies it without PyTorch's bias correction: early steps differ a little."""
+FIRST_LOOK = 5000
+"""Images that a network may set its first weights by; airbench's number."""
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a run starts from: fresh, or with the checkpoint of its last finished epoch."""
+    """What a run starts from: fresh, from given weights, or with the checkpoint of its last finished epoch."""
 
     recipe: Recipe
     classes: tuple[str, ...]
@@ -47,6 +55,27 @@ class Start:
     command: str
     hardware: str
     checkpoint: Checkpoint | None = None
+    weights: dict[str, Tensor] | None = None
+    """A state of the recipe's network to begin with, instead of a fresh draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Another classifier whose answers are learnt beside the labels (Hinton et al. 2015)."""
+
+    probabilities: Callable[[Tensor], Tensor]
+    """From planes, float32 `[n, 3, size, size]` in 0-255, to float32 `[n, classes]`."""
+    weight: float = 0.9
+    """Of the teacher's answers in the loss; the labels have the rest."""
+    temperature: float = 4.0
+
+
+@runtime_checkable
+class SetByData(Protocol):
+    """A network whose first weights depend on what it will see."""
+
+    def initialise(self, images: Tensor) -> None:
+        """Look at float32 `[n, 3, size, size]`, normalised training images."""
 
 
 # ---------------------------------------------------------------- the run
@@ -60,18 +89,27 @@ def check_network(recipe: Recipe, classes: int) -> None:
     """
     with torch.device("meta"):
         network = build(recipe.network, classes=classes, size=recipe.size, dropout=recipe.dropout)
-    if recipe.batch_size == 1 and any(
+    if recipe.batch_size // recipe.accumulate == 1 and any(
         isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()
     ):
         raise RecipeError(
-            f"--batch-size 1: {recipe.network} normalises over each batch, and needs two images or more in it."
+            f"--batch-size {recipe.batch_size}: {recipe.network} normalises over each batch, and needs two images or "
+            "more in it."
         )
 
 
 def train(
-    directory: Path, start: Start, train_split: Split, test_split: Split, device: torch.device
+    directory: Path,
+    start: Start,
+    train_split: Split,
+    test_split: Split,
+    device: torch.device,
+    validation_split: Split | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Epoch]:
-    """Train to the recipe's last epoch, writing a checkpoint after each and then yielding its figures.
+    """Train to the recipe's last epoch, or until it has gone on in vain for long enough.
+
+    After each epoch a checkpoint is written and then the epoch's figures are yielded.
 
     Raises:
         DivergedError: the loss is no longer a number; the checkpoint of the epoch before is left as it is.
@@ -79,89 +117,213 @@ def train(
     recipe = start.recipe
     deterministic()
     torch.manual_seed(recipe.seed)
-    network = build(recipe.network, classes=len(start.classes), size=recipe.size, dropout=recipe.dropout).to(device)
-    optimizer = make_optimizer(network, recipe)
+    network = build(recipe.network, classes=len(start.classes), size=recipe.size, dropout=recipe.dropout)
+    if start.weights is not None:
+        network.load_state_dict(start.weights)
+    elif isinstance(network, SetByData):
+        network.initialise(first_look(train_split, recipe))
+    learner = Learner(network.to(device), len(start.classes), recipe, device, ranks=ranks)
     history: tuple[Epoch, ...] = ()
+    best: dict[str, Tensor] = {}
     if start.checkpoint is not None:
-        network.load_state_dict(start.checkpoint.network)
-        optimizer.load_state_dict(start.checkpoint.optimizer)
-        history = start.checkpoint.history
-    for number in range(len(history) + 1, recipe.epochs + 1):
-        begun = time.perf_counter()
-        train_loss, train_accuracy = train_epoch(network, optimizer, train_split, recipe, number, device)
-        seconds = time.perf_counter() - begun
-        test_loss, test_accuracy = measure(network, test_split, recipe, device)
-        _finite(test_loss, number)
-        images_per_s = len(train_split.images) / seconds
-        epoch = Epoch(number, train_loss, train_accuracy, test_loss, test_accuracy, seconds, images_per_s)
+        learner.restore(start.checkpoint)
+        history, best = start.checkpoint.history, start.checkpoint.best
+    while len(history) < recipe.epochs and not in_vain(history, recipe):
+        epoch = learner.epoch(len(history) + 1, train_split, test_split, validation_split)
         history = (*history, epoch)
-        write_checkpoint(
-            directory,
-            Checkpoint(
-                recipe=recipe,
-                classes=start.classes,
-                data=start.data,
-                data_digest=start.data_digest,
-                command=start.command,
-                hardware=start.hardware,
-                history=history,
-                network=network.state_dict(),
-                optimizer=optimizer.state_dict(),
-            ),
-        )
+        if recipe.patience and best_epoch(history) == epoch.epoch:
+            best = {name: value.detach().clone() for name, value in learner.answering().state_dict().items()}
+        if ranks.first:
+            write_checkpoint(
+                directory,
+                Checkpoint(
+                    recipe=recipe,
+                    classes=start.classes,
+                    data=start.data,
+                    data_digest=start.data_digest,
+                    command=start.command,
+                    hardware=start.hardware,
+                    history=history,
+                    best=best,
+                    **learner.state(),
+                ),
+            )
         yield epoch
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer."""
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=recipe.learning_rate, momentum=SGD_MOMENTUM)
-    return torch.optim.Adam(network.parameters(), lr=recipe.learning_rate, eps=ADAM_EPSILON)
+def fit(
+    network: nn.Module,
+    classes: int,
+    recipe: Recipe,
+    train_split: Split,
+    test_split: Split,
+    device: torch.device,
+    *,
+    teacher: Teacher | None = None,
+) -> Iterator[Epoch]:
+    """Train a network that is there already, in place and without a run directory.
+
+    The moving average, if the recipe has one, is what the network holds when the iterator is exhausted.
+
+    Raises:
+        DivergedError: the loss is no longer a number.
+    """
+    deterministic()
+    torch.manual_seed(recipe.seed)
+    learner = Learner(network.to(device), classes, recipe, device, teacher=teacher)
+    for number in range(1, recipe.epochs + 1):
+        yield learner.epoch(number, train_split, test_split)
+    if learner.average is not None:
+        network.load_state_dict(learner.average.network.state_dict())
+
+
+def first_look(split: Split, recipe: Recipe) -> Tensor:
+    """Return images spread over a split, normalised: float32 `[n, 3, size, size]`."""
+    places = np.linspace(0, len(split.images) - 1, min(FIRST_LOOK, len(split.images))).round().astype(int)
+    images: Tensor = Normalise(recipe)(torch.from_numpy(split.images[places]).permute(0, 3, 1, 2).float())
+    return images
+
+
+def best_epoch(history: tuple[Epoch, ...]) -> int:
+    """Return the number of the epoch with the least validation loss, the first of equals."""
+    return min(history, key=lambda epoch: (epoch.validation_loss or 0.0, epoch.epoch)).epoch
+
+
+def in_vain(history: tuple[Epoch, ...], recipe: Recipe) -> bool:
+    """Say whether the last `patience` epochs have brought no better validation loss."""
+    return bool(recipe.patience and history) and history[-1].epoch - best_epoch(history) >= recipe.patience
+
+
+# ---------------------------------------------------------------- what learns
+
+
+@dataclass(slots=True)
+class Learner:
+    """A network on its way: with its optimizer, the moving average, and what scales half-precision gradients."""
+
+    network: nn.Module
+    classes: int
+    recipe: Recipe
+    device: torch.device
+    teacher: Teacher | None = None
+    ranks: Ranks = ALONE
+    optimizer: torch.optim.Optimizer = field(init=False)
+    average: Average | None = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    normalise: Normalise = field(init=False)
+    trained: nn.Module = field(init=False)
+    """The network as gradients pass it: wrapped where other processes train with it."""
+    base_rates: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.recipe.precision == "fp16" and self.device.type == "cpu":
+            raise RecipeError("--precision fp16: only a GPU computes in it; use bf16 on a CPU.")
+        if self.recipe.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(self.network, self.recipe)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = Average(self.network, self.recipe.ema) if self.recipe.ema else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.recipe.precision == "fp16")
+        self.normalise = Normalise(self.recipe).to(self.device)
+        self.trained = self.ranks.wrap(self.network)
+
+    def state(self) -> dict[str, Any]:
+        """Return the checkpoint's fields that hold what was learnt."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": {} if self.average is None else self.average.state(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was written."""
+        self.network.load_state_dict(checkpoint.network)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.scaler.load_state_dict(checkpoint.scaler)
+        if self.average is not None:
+            self.average.restore(checkpoint.average)
+
+    def answering(self) -> nn.Module:
+        """Return the network that would be served: the moving average where there is one."""
+        return self.network if self.average is None else self.average.network
+
+    def set_rate(self, factor: float) -> None:
+        """Let the next step be this share of each group's own rate."""
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+
+    def normalised(self, planes: Tensor) -> Tensor:
+        """Bring planes in 0-255 into the network's range and layout."""
+        ready: Tensor = self.normalise(planes)
+        return ready.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else ready
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute in the recipe's precision."""
+        dtype = PRECISIONS.get(self.recipe.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def epoch(self, number: int, train_split: Split, test_split: Split, validation_split: Split | None = None) -> Epoch:
+        """Pass over the training images once and measure."""
+        begun = time.perf_counter()
+        train_loss, train_accuracy = train_epoch(self, train_split, number)
+        seconds = time.perf_counter() - begun
+        answering = self.answering()
+        test_loss, test_accuracy = measure(answering, test_split, self.recipe, self.device)
+        _finite(test_loss, number)
+        validation_loss = validation_accuracy = None
+        if validation_split is not None:
+            validation_loss, validation_accuracy = measure(answering, validation_split, self.recipe, self.device)
+        return Epoch(
+            epoch=number,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
+            seconds=seconds,
+            images_per_s=len(train_split.images) / seconds,
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
+        )
 
 
 # ---------------------------------------------------------------- one epoch
 
 
-def train_epoch(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    recipe: Recipe,
-    number: int,
-    device: torch.device,
-) -> tuple[float, float]:
+def train_epoch(learner: Learner, split: Split, number: int) -> tuple[float, float]:
     """Pass over all images once, in an order of this epoch's own.
 
     Returns:
-        Mean loss and accuracy over the epoch, each image counted as it was met.
+        Mean loss and accuracy over the epoch, each image counted as it was met. Where images are blended, the label
+        with the greater share is the one to be found.
 
     Raises:
         DivergedError: the loss is not a finite number.
     """
+    recipe, ranks = learner.recipe, learner.ranks
     order_generator, augment_generator = epoch_generators(recipe.seed, number)
-    order = torch.randperm(len(split.images), generator=order_generator)
-    normalise = Normalise(recipe).to(device)
-    network.train()
+    labels = torch.from_numpy(split.labels)
+    order = epoch_order(labels, recipe, order_generator)
+    mirrored = alternate(len(labels), recipe, number)
+    weight = class_weights(labels, learner.classes).to(learner.device) if recipe.balance == "weights" else None
+    steps = batches(order, recipe.batch_size, fewest=2 * ranks.size)
+    learner.network.train()
     # Summed where the network is: asking for a number at every step would make a GPU wait for it.
-    total_loss, total_right = torch.zeros((), device=device), torch.zeros((), device=device)
+    totals = torch.zeros(2, device=learner.device)
     seen, begun = 0, time.perf_counter()
-    with counting(f"Epoch {number}/{recipe.epochs}", len(order)) as advance:
-        for step, chosen in enumerate(batches(order, recipe.batch_size)):
-            images, labels = take(split, chosen, device)
-            logits = network(normalise(augment(images, recipe, augment_generator)))
-            loss = cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total_loss += loss.detach() * len(chosen)
-            total_right += (logits.detach().argmax(dim=1) == labels).sum()
+    with counting(f"Epoch {number}/{recipe.epochs}", len(order), shown=ranks.first) as advance:
+        for step, chosen in enumerate(steps):
+            learner.set_rate(rate_at((number - 1) * len(steps) + step, recipe.epochs * len(steps), recipe))
+            planes, targets = make_batch(learner, split, chosen, augment_generator, mirrored)
+            totals += train_step(learner, planes, targets, weight, len(chosen))
             seen += len(chosen)
             if step % STEPS_BETWEEN_NOTES == 0 or seen == len(order):
-                mean_loss = _finite(total_loss.item() / seen, number)
-                rate = seen / (time.perf_counter() - begun)
-                note = f"{rate:,.0f} images/s  loss {mean_loss:.3f}  accuracy {total_right.item() / seen:.1%}"
+                loss, right = ranks.total(totals.clone()).tolist()
+                mean_loss = _finite(loss / seen, number)
+                speed = seen / (time.perf_counter() - begun)
+                note = f"{speed:,.0f} images/s  loss {mean_loss:.3f}  accuracy {right / seen:.1%}"
             advance(len(chosen), note=note)
-    return mean_loss, total_right.item() / seen
+    return mean_loss, right / seen
 
 
 def epoch_generators(seed: int, number: int) -> tuple[torch.Generator, torch.Generator]:
@@ -171,15 +333,50 @@ def epoch_generators(seed: int, number: int) -> tuple[torch.Generator, torch.Gen
     return torch.Generator().manual_seed(order), torch.Generator().manual_seed(augmentation)
 
 
-def batches(order: Tensor, size: int) -> list[Tensor]:
+def batches(order: Tensor, size: int, fewest: int = 2) -> list[Tensor]:
     """Cut an epoch's order, int64 `[n]`, into batches of `size`.
 
-    A single image left over joins the batch before it: batch normalisation cannot be trained on one.
+    Fewer than `fewest` left over join the batch before: batch normalisation cannot be trained on a single image, and
+    every process needs one.
     """
     cut = list(torch.split(order, min(size, len(order))))
-    if size > 1 and len(cut) > 1 and len(cut[-1]) == 1:
+    if size > 1 and len(cut) > 1 and len(cut[-1]) < fewest:
         cut[-2:] = [torch.cat(cut[-2:])]
     return cut
+
+
+# ---------------------------------------------------------------- one batch
+
+
+def make_batch(
+    learner: Learner, split: Split, chosen: Tensor, generator: torch.Generator, mirrored: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Bring this process's part of a batch to the device, and change it as the recipe says.
+
+    Draws for the whole batch, whichever part it is: processes that train together draw alike.
+
+    Args:
+        learner: recipe, device, classes and place among the processes are read.
+        split: the training images.
+        chosen: int64 `[n]`, the whole batch's places in the split.
+        generator: a CPU generator, the same in every process.
+        mirrored: bool, one for each image of the split, where the recipe decides it; see `alternate`.
+
+    Returns:
+        Planes float32 `[part, 3, size, size]` in 0-255; labels int64 `[part]`, or where images are blended their
+        targets float32 `[part, classes]`.
+    """
+    recipe, mine = learner.recipe, learner.ranks.part(len(chosen))
+    moves = draw_moves(len(chosen), recipe, generator, None if mirrored is None else mirrored[chosen])
+    images, labels = take(split, chosen[mine], learner.device)
+    planes = move(images, moves.part(mine), recipe)
+    if not (recipe.mixup or recipe.cutmix):
+        return planes, labels
+    blends = draw_blends(len(chosen), recipe.size, recipe.size, recipe, generator).part(mine)
+    images, partner_labels = take(split, chosen[blends.partners], learner.device)
+    partners = move(images, moves.part(blends.partners), recipe)
+    targets, partner_targets = (one_hot(each, learner.classes).float() for each in (labels, partner_labels))
+    return blend(planes, partners, targets, partner_targets, blends)
 
 
 def take(split: Split, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,6 +384,47 @@ def take(split: Split, chosen: Tensor, device: torch.device) -> tuple[Tensor, Te
     indices = chosen.numpy()
     images, labels = torch.from_numpy(split.images[indices]), torch.from_numpy(split.labels[indices])
     return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def train_step(learner: Learner, planes: Tensor, targets: Tensor, weight: Tensor | None, count: int) -> Tensor:
+    """Take one step by the mean loss of a batch of `count`, of which this process has a part.
+
+    Returns:
+        float32 `[2]`: the part's sum of losses, and how many images were classified rightly.
+    """
+    learner.optimizer.zero_grad()
+    pieces = list(zip(*(whole.tensor_split(learner.recipe.accumulate) for whole in (planes, targets)), strict=True))
+    totals = torch.zeros(2, device=learner.device)
+    for number, (piece, wanted) in enumerate(pieces, start=1):
+        with learner.ranks.gradients(learner.trained, together=number == len(pieces)):
+            with learner.autocast():
+                logits = learner.trained(learner.normalised(piece)).float()
+            loss = loss_of(logits, wanted, piece, weight, learner)
+            # The mean over processes is what they step by, so each gives its sum times their number.
+            learner.scaler.scale(loss * (learner.ranks.size / count)).backward()  # type: ignore[no-untyped-call]
+        labels = wanted if wanted.ndim == 1 else wanted.argmax(dim=1)
+        totals += torch.stack([loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()])
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    if learner.average is not None:
+        learner.average.update(learner.network)
+    return totals
+
+
+def loss_of(logits: Tensor, targets: Tensor, planes: Tensor, weight: Tensor | None, learner: Learner) -> Tensor:
+    """Return the sum of losses in nats, float32 scalar: cross-entropy with the labels and, if there is one, a teacher.
+
+    The teacher's part is Hinton et al.'s (2015): the divergence of answers softened by a temperature, times its square.
+    """
+    smoothing = learner.recipe.label_smoothing
+    loss = cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing, reduction="sum")
+    teacher = learner.teacher
+    if teacher is None:
+        return loss
+    softened = (teacher.probabilities(planes).clamp_min(1e-12).log() / teacher.temperature).log_softmax(dim=1)
+    answers = (logits / teacher.temperature).log_softmax(dim=1)
+    divergence = kl_div(answers, softened, reduction="sum", log_target=True) * teacher.temperature**2
+    return (1 - teacher.weight) * loss + teacher.weight * divergence
 
 
 def _finite(loss: float, epoch: int) -> float:
@@ -202,7 +440,7 @@ def _finite(loss: float, epoch: int) -> float:
 
 
 def measure(network: nn.Module, split: Split, recipe: Recipe, device: torch.device) -> tuple[float, float]:
-    """Return mean loss and accuracy over a split, without augmentation or dropout."""
+    """Return mean loss and accuracy over a split, in fp32, without augmentation or dropout."""
     logits = torch.cat(list(predict_logits(network, split, recipe, device)))
     labels = torch.from_numpy(split.labels)
     return cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).float().mean().item()

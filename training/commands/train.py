@@ -1,6 +1,7 @@
 """`train`: data and a recipe in, a run out."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from training.data import Split
+    from training.ranks import Ranks
+    from training.runs import Checkpoint, Epoch
 
 
 def add(commands: Any) -> None:
@@ -31,56 +34,85 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from training.devices import choose_device
+    from training.ranks import joined
     from training.runs import locked
 
     name = name_of(options.data) if options.name is None else options.name
     check_name(name)
     directory = options.runs_dir / name
-    with locked(directory):
-        _train_into(directory, options)
+    device = choose_device(options.device)
+    with joined(device) as ranks, locked(directory) if ranks.first else nullcontext():
+        _train_into(directory, options, device, ranks)
 
 
-def _train_into(directory: Path, options: argparse.Namespace) -> None:
+def _train_into(directory: Path, options: argparse.Namespace, device: "torch.device", ranks: "Ranks") -> None:
     from training.data import load_split, read_listing
-    from training.devices import choose_device, describe
-    from training.runs import match_run, open_run
+    from training.devices import describe
+    from training.runs import match_run
     from training.train import Start, check_network, train
 
-    device = choose_device(options.device)
-    checkpoint = open_run(directory, resume=options.resume, force=options.force)
+    checkpoint = ranks.share(_begun(directory, options, ranks) if ranks.first else None)
     recipe = recipe_of(options, checkpoint)
     listing = read_listing(options.data).split(recipe.test_fraction, recipe.seed)
     if checkpoint is not None:
         match_run(directory, checkpoint, recipe, listing)
     check_network(recipe, len(listing.classes))
-    train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
-    test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
+    rest, held_out = listing.hold_out(recipe.validation_fraction, recipe.seed)
+    with ranks.leader_first():
+        train_split = load_split(rest.part("train"), recipe.pixels, options.cache_dir)
+        test_split = load_split(rest.part("test"), recipe.pixels, options.cache_dir)
+        validation_split = load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None
     start = Start(
         recipe=recipe,
         classes=listing.classes,
         data=str(options.data),
         data_digest=listing.digest,
         command=options.command_line,
-        hardware=describe(device),
+        hardware=describe(device, ranks.size),
         checkpoint=checkpoint,
     )
-    say(
+    tell = say if ranks.first else _silent
+    tell(
         f"Training {recipe.network} on {len(train_split.labels):,} images of {len(listing.classes)} classes, "
         f"testing on {len(test_split.labels):,}, into {directory} ({start.hardware})."
     )
     finished = 0 if checkpoint is None else len(checkpoint.history)
     try:
-        for epoch in train(directory, start, train_split, test_split, device):
+        for epoch in train(directory, start, train_split, test_split, device, validation_split, ranks):
             finished = epoch.epoch
-            say(
-                f"epoch {epoch.epoch}/{recipe.epochs}  train loss {epoch.train_loss:.4f}, {epoch.train_accuracy:.2%}  "
-                f"test loss {epoch.test_loss:.4f}, {epoch.test_accuracy:.2%}  "
-                f"{epoch.seconds:.1f} s, {epoch.images_per_s:,.0f} images/s"
-            )
+            tell(_line(epoch, recipe))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(directory, finished, recipe.epochs, options.command_line)) from None
-    _draw_run(directory, test_split, device)
-    say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and pictures of the run.")
+    if ranks.first:
+        _draw_run(directory, test_split, device)
+        say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and pictures of the run.")
+
+
+def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Checkpoint | None":
+    """Return what to continue from; a run that torchrun has started again goes on by itself."""
+    from training.runs import is_run, open_run, read_checkpoint
+
+    if ranks.restarts and is_run(directory):
+        checkpoint = read_checkpoint(directory)
+        if checkpoint.command == options.command_line:
+            return checkpoint
+    return open_run(directory, resume=options.resume, force=options.force)
+
+
+def _silent(text: str) -> None:
+    """Leave the telling to the first process."""
+
+
+def _line(epoch: "Epoch", recipe: Recipe) -> str:
+    validation = ""
+    if epoch.validation_accuracy is not None:
+        validation = f"validation loss {epoch.validation_loss:.4f}, {epoch.validation_accuracy:.2%}  "
+    return (
+        f"epoch {epoch.epoch}/{recipe.epochs}  train loss {epoch.train_loss:.4f}, {epoch.train_accuracy:.2%}  "
+        f"{validation}test loss {epoch.test_loss:.4f}, {epoch.test_accuracy:.2%}  "
+        f"{epoch.seconds:.1f} s, {epoch.images_per_s:,.0f} images/s"
+    )
 
 
 def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: str) -> str:

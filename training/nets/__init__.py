@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from training.errors import RecipeError
+from training.nets.airbench import airbench94
 from training.nets.article import article_cnn
 from training.nets.efficientnet_lite import efficientnet_lite0, from_published
 
@@ -22,7 +23,7 @@ class Builder(Protocol):
         """Return the network with fresh weights, drawn from PyTorch's global generator."""
 
 
-BUILDERS: tuple[Builder, ...] = (article_cnn, efficientnet_lite0)
+BUILDERS: tuple[Builder, ...] = (airbench94, article_cnn, efficientnet_lite0)
 NETWORKS: dict[str, Builder] = {builder.__name__: builder for builder in BUILDERS}
 
 Weights = dict[str, Tensor]
