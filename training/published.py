@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from training.errors import WeightsError
 from training.nets import PUBLISHED, build
+from training.nets.translation import is_published, translate
 from training.recipes import Recipe
 
 
@@ -34,8 +35,9 @@ def read_network(path: Path, recipe: Recipe, classes: int) -> nn.Module:
     """
     network = build(recipe.network, classes=classes, size=recipe.size, dropout=recipe.dropout)
     weights = read_state(path)
-    if recipe.network in PUBLISHED and not weights.keys() & network.state_dict().keys():
-        weights = PUBLISHED[recipe.network](weights)
+    ours, name_of = network.state_dict().keys(), PUBLISHED.get(recipe.network)
+    if name_of is not None and is_published(weights, ours, name_of):
+        weights = translate(weights, ours, name_of, recipe.network)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -97,7 +97,12 @@ class Recipe(BaseModel):
     keep_statistics: bool = Field(
         default=False, description="Normalise by the statistics that the weights came with, not by each batch's."
     )
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="Share of features dropped before the last layer.")
+    dropout: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of features dropped before the last layer; ResNets, DenseNets: none.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Same seed, data and machine: same weights, bit for bit.")
 
     rescale: float = Field(default=1 / 255, gt=0, description="Factor on pixel values 0-255, before mean and std.")

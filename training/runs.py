@@ -28,6 +28,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 RECIPE_FILE = "recipe.json"
 HISTORY_FILE = "history.csv"
 CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE = "curves.png", "confusion.png", "mistakes.png"
+REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 
 
@@ -217,7 +218,7 @@ def _take_lock(directory: Path) -> int:
 
 def _discard_files_for_people(directory: Path) -> None:
     """Delete what tells of an earlier run; its checkpoint is replaced whole."""
-    for name in (RECIPE_FILE, HISTORY_FILE, CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE):
+    for name in (RECIPE_FILE, HISTORY_FILE, CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE, REPORT_FILE):
         (directory / name).unlink(missing_ok=True)
 
 

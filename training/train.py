@@ -317,7 +317,7 @@ def train_epoch(learner: Learner, split: Split, number: int) -> tuple[float, flo
     # Summed where the network is: asking for a number at every step would make a GPU wait for it.
     totals = torch.zeros(2, device=learner.device)
     seen, begun = 0, time.perf_counter()
-    with counting(f"Epoch {number}/{recipe.epochs}", len(order), shown=ranks.first) as advance:
+    with counting(f"Epoch {number}/{recipe.epochs}", len(order), recipe.epochs - number, shown=ranks.first) as advance:
         for step, chosen in enumerate(steps):
             learner.set_rate(rate_at((number - 1) * len(steps) + step, recipe.epochs * len(steps), recipe))
             planes, targets = make_batch(learner, split, chosen, augment_generator, mirrored)

@@ -62,13 +62,15 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_run_directory_holds_recipe_history_checkpoint_and_pictures(finished: Path):
     run = finished / "runs" / "insects"
-    assert sorted(entry.name for entry in run.iterdir()) == [
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+    assert sorted(entry.name for entry in run.iterdir() if "tfevents" not in entry.name) == [
         "checkpoint.pt",
         "confusion.png",
         "curves.png",
         "history.csv",
         "mistakes.png",
         "recipe.json",
+        "report.html",
     ]
     assert json.loads((run / "recipe.json").read_text())["epochs"] == EPOCHS
     with (run / "history.csv").open() as file:
@@ -207,7 +209,7 @@ def test_cuda_is_not_silently_replaced(tree: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"network": "alexnet"}, "--network: there is no 'alexnet'"),
+        ({"network": "lenet"}, "--network: there is no 'lenet'"),
         ({"size": 9}, "--size: article_cnn needs at least 10 pixels a side, not 9."),
         ({"seed": 2**63}, "--seed: input should be less than"),
         ({"network": "efficientnet_lite0", "batch-size": 1}, "--batch-size 1: efficientnet_lite0 normalises over each"),

@@ -46,7 +46,9 @@ def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
     figures = json.loads(evaluated.stdout)
     assert figures["images"] == 12
     assert figures["accuracy"] > 0.6
-    assert sorted(entry.name for entry in (tmp_path / "pictures").iterdir()) == ["confusion.png", "mistakes.png"]
+    written = sorted(entry.name for entry in (tmp_path / "pictures").iterdir())
+    assert written == ["confusion.png", "mistakes.png", "report.html"]
+    assert f"{figures['accuracy']:.2%}" in (tmp_path / "runs/insects/report.html").read_text()
 
     exported = convoy_train(tmp_path, "export", "runs/insects")
     assert exported.returncode == 0, exported.stderr
@@ -89,7 +91,7 @@ def test_every_knob_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]):
     [
         (["train", "--data", "nowhere"], "nowhere does not exist: give --data a folder of class folders"),
         (["train", "--data", "nowhere", "--epochs", "none"], "--epochs: input should be a valid integer"),
-        (["train", "--data", "{tree}", "--network", "alexnet"], "--network: there is no 'alexnet'; there are"),
+        (["train", "--data", "{tree}", "--network", "lenet"], "--network: there is no 'lenet'; there are"),
         (["evaluate", "nowhere", "--data", "{tree}"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["predict", "nowhere", "a.jpg"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["export", "nowhere"], "nowhere/checkpoint.pt does not exist: no epoch of this run was finished."),

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         "--split", choices=("test", "train", "all"), help="which part; default: what was kept from training"
     )
     parser.add_argument("--json", action="store_true", help="print every figure as one line of JSON")
-    parser.add_argument("--out", type=Path, help="folder for pictures of confusions and worst mistakes")
+    parser.add_argument("--out", type=Path, help="folder for a report (report.html) and its pictures")
     add_device(parser)
     add_cache(parser)
 
@@ -42,9 +42,13 @@ def _run(options: argparse.Namespace) -> None:
     figures = measure_figures(probabilities, split.labels, classifier.labels)
     if options.out is not None:
         from training.pictures import draw_confusion, draw_mistakes
+        from training.report.page import write_report
+        from training.report.sources import told_of
 
         draw_confusion(figures, options.out)
         draw_mistakes(split, probabilities, classifier.labels, options.out)
+        told = told_of(options.model, data=data, measured=words, command=options.command_line)
+        write_report(options.out, told, split, probabilities, classifier.labels)
     if options.json:
         about = {"model": str(options.model), "data": str(data), "split": part, "measured": words}
         say(json.dumps(about | figures.record() | {"command": options.command_line}, ensure_ascii=False))

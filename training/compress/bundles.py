@@ -1,0 +1,95 @@
+"""A compressed graph becomes a bundle: its parent's golden images with its own answers, its parent's record, its proof.
+
+Owns what a child's manifest takes from its parent's. Computes no graph.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.golden import Run, prove
+from app.images import decode
+from app.manifest import Bundle, write_bundle
+from training.classifiers import onnx_run
+from training.compress.layers import opset_of
+from training.errors import CompressError
+from training.export import GOLDEN_TOLERANCE
+
+MARGIN = 2
+"""The tolerance is so many times what two right implementations were apart on the golden images."""
+LARGEST_TOLERANCE = 0.1
+"""The manifest's own limit: beyond it a golden set proves nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """What was made of a bundle."""
+
+    model: Path
+    otherwise: Run
+    """The same graph, computed in another right way: what differs is rounding."""
+    name: str
+    version: str
+    description: str
+    method: str
+    details: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    command: str
+
+
+def write_child(parent: Bundle, child: Child, target: Path) -> Bundle:
+    """Write the bundle `target` and prove it.
+
+    Pixel recipe, labels, training, source and licence are the parent's, as are the golden images, which were chosen so
+    that each field of the recipe shows, and which may be passed on.
+
+    Raises:
+        CompressError: its answers depend too much on how it is computed; nothing is written.
+        BundleError: the bundle does not prove itself; nothing is written.
+    """
+    manifest = parent.manifest
+    names = [Path(image.file).name for image in manifest.golden.images]
+    images = dict(zip(names, parent.golden_bytes(), strict=True))
+    pixels = np.stack([decode(data, manifest.pixels) for data in images.values()])
+    probabilities = onnx_run(child.model)(pixels)
+    apart = float(np.abs(child.otherwise(pixels) - probabilities).max())
+    if MARGIN * apart > LARGEST_TOLERANCE:
+        raise CompressError(
+            f"Two right ways of computing the graph differ by {apart:.2g} in a golden probability, so its answers "
+            f"could not be checked within {LARGEST_TOLERANCE}: no bundle was written."
+        )
+    tolerance = max(GOLDEN_TOLERANCE, MARGIN * apart)
+    fields = manifest.model_dump(mode="json", exclude={"model", "golden", "evaluation", "parent", "provenance"}) | {
+        "name": child.name,
+        "version": child.version,
+        "description": child.description,
+        "evaluation": {**child.evaluation, "golden_rounding": float(f"{apart:.2g}")},
+        "parent": {
+            "name": manifest.name,
+            "version": manifest.version,
+            "sha256": manifest.model.sha256,
+            "method": child.method,
+            "details": dict(child.details),
+        },
+        "provenance": {
+            "source": manifest.provenance.source,
+            "licence": manifest.provenance.licence,
+            "command": child.command,
+            "created": datetime.now(UTC).date().isoformat(),
+        },
+        "opset": opset_of(child.model),
+        "tolerance": tolerance,
+        "golden_labels": [manifest.labels[index] for index in probabilities.argmax(axis=1).tolist()],
+    }
+    return write_bundle(
+        target,
+        fields,
+        child.model,
+        images,
+        probabilities,
+        check=lambda written: prove(written, onnx_run(written.model_path)),
+    )
