@@ -5,14 +5,13 @@ Owns the mathematics. A cosine head compares with the mean of each class (Snell 
 the likelihood of images that were left out. Knows nothing of images, graphs' backbones or files.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
 from training.errors import SurgeryError
 
@@ -29,7 +28,10 @@ FOLDS = 5
 ALONE_SHARPNESS = 10.0
 ALONE_STRENGTH = 1e-3
 """Taken where a class has a single image, so that none can be left out: near what five images choose."""
-MOST_ITERATIONS = 100
+MOST_STEPS = 200
+REMEMBERED = 10
+FLAT = 1e-5
+"""Largest slope that is taken for a minimum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,33 +155,66 @@ def _folds(labels: Labels, folds: int) -> NDArray[np.int64]:
 def _regress(
     inputs: NDArray[np.float64], labels: Labels, classes: int, strengths: Sequence[float] | NDArray[np.float64]
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Minimise mean cross-entropy + strength/2 · |weights|² by L-BFGS, the strongest penalty first, each from the last.
+    """Minimise mean cross-entropy + strength/2 · |weights|², the strongest penalty first, each from the last.
 
     Returns:
         Weights `[width, classes]` and biases `[classes]` for each strength, in the order given.
     """
-    x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
-    weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    rows, width = inputs.shape
+    truth = np.eye(classes)[labels]
+    found = np.zeros((width + 1) * classes)
     fitted = {}
     for strength in sorted(strengths, reverse=True):
-        optimizer = torch.optim.LBFGS(
-            [weight, bias],
-            max_iter=MOST_ITERATIONS,
-            tolerance_grad=1e-5,
-            tolerance_change=1e-10,
-            line_search_fn="strong_wolfe",
-        )
 
-        def closure(strength: float = strength, optimizer: torch.optim.LBFGS = optimizer) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = cross_entropy(x @ weight + bias, y) + strength / 2 * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+        def slope(flat: NDArray[np.float64], strength: float = strength) -> tuple[float, NDArray[np.float64]]:
+            weight, bias = flat[:-classes].reshape(width, classes), flat[-classes:]
+            logits = inputs @ weight + bias
+            error = (_softmax(logits) - truth) / rows
+            gradient = np.concatenate([(inputs.T @ error + strength * weight).ravel(), error.sum(axis=0)])
+            return _loss(logits, labels) + strength / 2 * float((weight**2).sum()), gradient
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-        fitted[strength] = weight.detach().numpy().copy(), bias.detach().numpy().copy()
+        found = _descend(slope, found)
+        fitted[strength] = found[:-classes].reshape(width, classes), found[-classes:]
     return [fitted[strength] for strength in strengths]
+
+
+def _descend(
+    slope: Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]], place: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Minimise a smooth convex function by L-BFGS (Nocedal & Wright 2006, algorithm 7.5), halving long steps.
+
+    PyTorch's is made for networks: 1.4 s for fifty images of 1,280 features and all their folds, this one 0.1 s.
+    """
+    value, gradient = slope(place)
+    pairs: deque[tuple[NDArray[np.float64], NDArray[np.float64]]] = deque(maxlen=REMEMBERED)
+    for _ in range(MOST_STEPS):
+        if np.abs(gradient).max() < FLAT:
+            break
+        direction = -_scaled_by_curvature(gradient, pairs)
+        step = 1.0
+        fall = float(direction @ gradient)
+        while (found := slope(place + step * direction))[0] > value + 1e-4 * step * fall and step > 1e-9:
+            step /= 2
+        pairs.append((step * direction, found[1] - gradient))
+        place, (value, gradient) = place + step * direction, found
+    return place
+
+
+def _scaled_by_curvature(
+    gradient: NDArray[np.float64], pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]
+) -> NDArray[np.float64]:
+    """Multiply a gradient by the inverse Hessian that the last moves, and what they changed of it, tell of."""
+    shares = []
+    for move, change in reversed(pairs):
+        share = float(move @ gradient / (move @ change))
+        gradient = gradient - share * change
+        shares.append(share)
+    if pairs:
+        move, change = pairs[-1]
+        gradient = gradient * float(move @ change / (change @ change))
+    for (move, change), share in zip(pairs, reversed(shares), strict=True):
+        gradient = gradient + (share - float(change @ gradient / (move @ change))) * move
+    return gradient
 
 
 # ---------------------------------------------------------------- arithmetic
