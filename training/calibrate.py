@@ -61,7 +61,7 @@ def calibrate_graph(graph: onnx.ModelProto, split: Split, data: str, evidence: E
     with tempfile.TemporaryDirectory() as scratch:
         bare, final = Path(scratch) / "logits.onnx", Path(scratch) / "model.onnx"
         onnx.save(logits_of(graph), bare)
-        run = onnx_run(bare, LOGITS_NAME)
+        run = onnx_run(bare, given=LOGITS_NAME)
 
         def ask(images: NDArray[np.uint8]) -> Floats:
             return in_batches(run, images, BATCH)
@@ -78,7 +78,7 @@ def _prove(model: Path, images: NDArray[np.uint8], logits: Floats, temperature: 
     chosen = np.linspace(0, len(images) - 1, min(PROVED, len(images))).round().astype(int)
     some = np.asarray(images[chosen])
     expected = softmax(logits[chosen], temperature), energy_of(logits[chosen], temperature)
-    found = in_batches(onnx_run(model), some, BATCH), in_batches(onnx_run(model, ENERGY_NAME), some, BATCH)
+    found = in_batches(onnx_run(model), some, BATCH), in_batches(onnx_run(model, given=ENERGY_NAME), some, BATCH)
     scales = 1.0, 1 + np.abs(expected[1])
     for wanted, given, scale in zip(expected, found, scales, strict=True):
         difference = float(np.nan_to_num(np.abs(given - wanted) / scale, nan=np.inf).max())

@@ -112,8 +112,13 @@ def torch_run(servable: Servable, device: torch.device) -> Run:
     return run
 
 
-def onnx_run(model: Path, output: str = OUTPUT_NAME) -> Run:
+def onnx_run(model: Path, taken: str = INPUT_NAME, given: str = OUTPUT_NAME) -> Run:
     """Return the function that classifies in ONNX Runtime on the CPU, or gives another output of the graph.
+
+    Args:
+        model: the ONNX file.
+        taken: the name of its input, where it is a part of a classifier.
+        given: the name of its output, likewise.
 
     Raises:
         BundleError: the file is missing, damaged or not a graph that this runtime takes.
@@ -126,7 +131,7 @@ def onnx_run(model: Path, output: str = OUTPUT_NAME) -> Run:
 
     def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:
-            found: NDArray[np.float32] = session.run([output], {INPUT_NAME: images})[0]
+            found: NDArray[np.float32] = session.run([given], {taken: images})[0]
         except Exception as error:
             raise BundleError(f"{model} cannot take {list(images.shape)}: {str(error).splitlines()[0]}") from error
         return found

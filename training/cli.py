@@ -10,11 +10,11 @@ import sys
 from typing import NoReturn
 
 from app.errors import ConvoyError
-from training.commands import calibrate, evaluate, export, fetch, import_weights, predict, train
+from training.commands import calibrate, evaluate, export, fetch, few_shot, import_weights, predict, train
 from training.errors import RecipeError
 from training.names import is_text
 
-COMMANDS = (fetch, train, evaluate, predict, export, import_weights, calibrate)
+COMMANDS = (fetch, train, evaluate, predict, export, import_weights, few_shot, calibrate)
 USER_FAULT = 2
 INTERRUPTED = 130
 

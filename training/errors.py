@@ -47,3 +47,9 @@ class ExportError(ConvoyError):
     """The exported graph does not answer as the network does, so no bundle is written."""
 
     code = "export_refused"
+
+
+class SurgeryError(ConvoyError):
+    """A graph is not built so that its backbone can be told from its head."""
+
+    code = "surgery_refused"

@@ -51,7 +51,7 @@ def graph_of(kind: str) -> onnx.ModelProto:
 
 def answer(graph: onnx.ModelProto, folder: Path, output: str = "probabilities") -> np.ndarray:
     onnx.save(graph, folder / "graph.onnx")
-    return onnx_run(folder / "graph.onnx", output)(IMAGES)
+    return onnx_run(folder / "graph.onnx", given=output)(IMAGES)
 
 
 @pytest.mark.parametrize("kind", ["single", "half", "identity"])

@@ -11,7 +11,7 @@ from training.progress import say
 if TYPE_CHECKING:
     from app.manifest import Manifest, PixelRecipe
     from training.data import Split
-    from training.export import Offer
+    from training.export import Exported, Offer
     from training.listing import Picture
     from training.servable import Servable
     from training.trust import Strangers
@@ -119,15 +119,22 @@ def write(
     held_out: "Split | None" = None,
 ) -> None:
     """Export, and say what was measured."""
-    from training.export import GOLDEN_TOLERANCE, export
+    from training.export import export
     from training.trust import Evidence
 
     target = options.models_dir / offer.name / offer.version
     evidence = Evidence(held_out, strangers=strangers(options, offer.pixels), calibrate=options.calibrate)
-    exported = export(servable, offer, split, target, golden_from, evidence)
+    tell(export(servable, offer, split, target, golden_from, evidence), offer, "ONNX Runtime and PyTorch")
+
+
+def tell(exported: "Exported", offer: "Offer", compared: str) -> None:
+    """Say what export measured, and of which two ways to compute the difference is."""
+    from training.export import GOLDEN_TOLERANCE
+
+    target = exported.bundle.directory
     size_mb = exported.bundle.manifest.model.size_bytes / 1e6
     say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
-    say(f"ONNX Runtime and PyTorch differ by at most {exported.difference:.1e} in a probability.")
+    say(f"{compared} differ by at most {exported.difference:.1e} in a probability.")
     describe_trust(exported.bundle.manifest)
     unnoticed = [wrong for wrong, change in exported.detects.items() if change <= GOLDEN_TOLERANCE]
     if unnoticed:

@@ -58,6 +58,7 @@ def _run(options: argparse.Namespace) -> None:
             "recipe": recipe.model_dump(mode="json"),
             "history": [asdict(epoch) for epoch in checkpoint.history],
             "weights": weights,
+            **({"begun_from": checkpoint.begun_from} if checkpoint.begun_from else {}),
             "seconds": round(sum(epoch.seconds for epoch in checkpoint.history), 1),
             "hardware": checkpoint.hardware,
             "data": checkpoint.data,

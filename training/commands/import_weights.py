@@ -6,19 +6,7 @@ from typing import Any
 
 from training.commands.bundles import add_bundle, golden_photos, version_of, write
 from training.commands.flags import add_cache, add_knobs, recipe_of
-
-IMPORT_KNOBS = (
-    "network",
-    "size",
-    "resize_short_side",
-    "interpolation",
-    "exif",
-    "min_decode_ratio",
-    "rescale",
-    "mean",
-    "std",
-)
-"""Knobs that say how published weights want their pixels; how they were trained is history."""
+from training.recipes import PIXEL_KNOBS
 
 
 def add(commands: Any) -> None:
@@ -37,7 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--licence", required=True, help="terms of use, for the manifest")
     add_bundle(parser)
     add_cache(parser)
-    add_knobs(parser.add_argument_group("recipe", "As the weights were trained."), IMPORT_KNOBS)
+    add_knobs(parser.add_argument_group("recipe", "As the weights were trained."), PIXEL_KNOBS)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -53,7 +41,7 @@ def _run(options: argparse.Namespace) -> None:
     network = read_network(options.weights, recipe, classes=len(labels))
     listing = read_listing(options.data).relabelled(labels)
     split = load_split(listing.part("all"), recipe.pixels, options.cache_dir)
-    preprocessing = recipe.model_dump(mode="json", include=set(IMPORT_KNOBS))
+    preprocessing = recipe.model_dump(mode="json", include=set(PIXEL_KNOBS))
     offer = Offer(
         name=options.name,
         version=version,
