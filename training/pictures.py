@@ -112,7 +112,7 @@ def draw_reliability(before: Sequence[Bin], after: Sequence[Bin], path: Path) ->
             label="right",
         )
         axes.set(xlabel="probability of the likeliest label", ylabel="share", xlim=(0, 1), ylim=(0, 1), title=title)
-        axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _save(figure, path)
 
 

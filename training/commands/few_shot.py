@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.commands.bundles import add_bundle, golden_photos, tell, version_of
+from training.commands.bundles import add_bundle, golden_photos, strangers, tell, version_of
 from training.commands.flags import DATA_HELP, add_cache, count
 from training.names import name_of
 from training.progress import say
@@ -64,6 +64,7 @@ def _run(options: argparse.Namespace) -> None:
     from training.export import Offer, export_graph
     from training.fewshot import draw_shots, open_backbone
     from training.heads import HEADS
+    from training.trust import Evidence
 
     name = name_of(options.data) if options.name is None else options.name
     version = version_of(options, name)
@@ -111,10 +112,11 @@ def _run(options: argparse.Namespace) -> None:
         command=options.command_line,
     )
     target = options.models_dir / name / version
+    evidence = Evidence(strangers=strangers(options, offer.pixels), calibrate=options.calibrate)
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model.onnx"
         onnx.save(backbone.graft(head, len(listing.classes)), model)
-        exported = export_graph(model, backbone.answers(head), offer, test_split, target, golden_from)
+        exported = export_graph(model, backbone.answers(head), offer, test_split, target, golden_from, evidence)
     tell(exported, offer, "The graph and NumPy")
 
 
