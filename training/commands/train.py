@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.claims import CLAIMED
 from training.commands.flags import DATA_HELP, add_cache, add_device, add_knobs, knobs_given, recipe_of
+from training.errors import RecipeError
 from training.names import check_name, name_of
 from training.progress import duration, say
 from training.recipes import Recipe, flag
@@ -134,6 +135,8 @@ def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Che
 def _beginning(options: argparse.Namespace) -> "Beginning | None":
     from training.backbones import read_beginning
 
+    if options.begun_from is not None and options.recipe is not None:
+        raise RecipeError("--recipe: with --from the network and its pixels are those of the weights; leave it out.")
     return None if options.begun_from is None else read_beginning(options.begun_from, knobs_given(options))
 
 
