@@ -52,12 +52,22 @@ FLOORS = {
     "app.jpeg": 0,
     "app.logs": 0,
     "app.tensors": 0,
+    "app.trust": 0,
     "app.errors": 0,
     "app.watch": 0,
     "app": 0,
 }
 PACKAGES = ("app.bench", "app.grpc", "app.http", "app.v2")
-TRAINING_MAY_IMPORT = {"app", "app.cpus", "app.errors", "app.golden", "app.images", "app.manifest", "app.runtime"}
+TRAINING_MAY_IMPORT = {
+    "app",
+    "app.cpus",
+    "app.errors",
+    "app.golden",
+    "app.images",
+    "app.manifest",
+    "app.runtime",
+    "app.trust",
+}
 
 
 def modules(package: str) -> dict[str, Path]:

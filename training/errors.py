@@ -59,3 +59,9 @@ class CompressError(ConvoyError):
     """A model cannot be compressed as asked, or loses more by it than was allowed, so no bundle is written."""
 
     code = "compress_refused"
+
+
+class SurgeryError(ConvoyError):
+    """A graph is not built so that its backbone can be told from its head."""
+
+    code = "surgery_refused"

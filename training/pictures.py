@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.atomic import replacing
+from training.calibration import Bin
 from training.data import Split
 from training.evaluate import Figures
 from training.runs import CONFUSION_FILE, CURVES_FILE, MISTAKES_FILE, Epoch
@@ -70,6 +71,34 @@ def draw_mistakes(split: Split, probabilities: NDArray[np.float32], labels: tupl
         title = f"{labels[split.labels[index]]}\nnot {labels[given[index]]} ({sure:.0%})"
         axes.set_title(title, fontsize=7, parse_math=False)
     _save(figure, directory / MISTAKES_FILE)
+
+
+def draw_reliability(before: Sequence[Bin], after: Sequence[Bin], path: Path) -> None:
+    """Draw how often answers were right by how sure they were, before and after calibration, and how many there are."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, bins, title in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        full = [entry for entry in bins if entry.images]
+        total = max(1, sum(entry.images for entry in full))
+        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
+        axes.bar(
+            [entry.low for entry in bins],
+            [entry.images / total for entry in bins],
+            [entry.high - entry.low for entry in bins],
+            align="edge",
+            color="tab:gray",
+            alpha=0.4,
+            label="share of images",
+        )
+        axes.plot(
+            [entry.confidence for entry in full],
+            [entry.accuracy for entry in full],
+            "o-",
+            color="tab:blue",
+            label="right",
+        )
+        axes.set(xlabel="probability of the likeliest label", ylabel="share", xlim=(0, 1), ylim=(0, 1), title=title)
+        axes.legend(loc="upper left")
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -71,6 +71,8 @@ class Checkpoint:
     """Of half-precision gradients; empty without."""
     best: dict[str, Tensor]
     """The weights that were best on the validation part, if that decides; empty otherwise."""
+    begun_from: str = ""
+    """What its first weights were taken from; empty where they were drawn."""
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from training.balance import class_weights, epoch_order
 from training.data import Split
 from training.devices import deterministic
 from training.errors import DivergedError, RecipeError
+from training.freezing import prepare
 from training.nets import build
 from training.optimizers import make_optimizer
 from training.progress import counting
@@ -57,6 +58,8 @@ class Start:
     checkpoint: Checkpoint | None = None
     weights: dict[str, Tensor] | None = None
     """A state of the recipe's network to begin with, instead of a fresh draw."""
+    begun_from: str = ""
+    """Where these are from, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ def train(
                     data_digest=start.data_digest,
                     command=start.command,
                     hardware=start.hardware,
+                    begun_from=start.begun_from,
                     history=history,
                     best=best,
                     **learner.state(),
@@ -218,6 +222,8 @@ class Learner:
     def __post_init__(self) -> None:
         if self.recipe.precision == "fp16" and self.device.type == "cpu":
             raise RecipeError("--precision fp16: only a GPU computes in it; use bf16 on a CPU.")
+        if self.recipe.frozen_epochs and self.ranks.size > 1:
+            raise RecipeError("--frozen-epochs: what learns cannot change where several processes train; use one.")
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.network, self.recipe)
@@ -307,7 +313,7 @@ def train_epoch(learner: Learner, split: Split, number: int) -> tuple[float, flo
     mirrored = alternate(len(labels), recipe, number)
     weight = class_weights(labels, learner.classes).to(learner.device) if recipe.balance == "weights" else None
     steps = batches(order, recipe.batch_size, fewest=2 * ranks.size)
-    learner.network.train()
+    prepare(learner.network, learner.optimizer, recipe, number)
     # Summed where the network is: asking for a number at every step would make a GPU wait for it.
     totals = torch.zeros(2, device=learner.device)
     seen, begun = 0, time.perf_counter()

@@ -207,7 +207,7 @@ def test_cuda_is_not_silently_replaced(tree: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"network": "alexnet"}, "--network: there is no 'alexnet'"),
+        ({"network": "lenet"}, "--network: there is no 'lenet'"),
         ({"size": 9}, "--size: article_cnn needs at least 10 pixels a side, not 9."),
         ({"seed": 2**63}, "--seed: input should be less than"),
         ({"network": "efficientnet_lite0", "batch-size": 1}, "--batch-size 1: efficientnet_lite0 normalises over each"),

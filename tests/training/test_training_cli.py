@@ -89,7 +89,7 @@ def test_every_knob_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]):
     [
         (["train", "--data", "nowhere"], "nowhere does not exist: give --data a folder of class folders"),
         (["train", "--data", "nowhere", "--epochs", "none"], "--epochs: input should be a valid integer"),
-        (["train", "--data", "{tree}", "--network", "alexnet"], "--network: there is no 'alexnet'; there are"),
+        (["train", "--data", "{tree}", "--network", "lenet"], "--network: there is no 'lenet'; there are"),
         (["evaluate", "nowhere", "--data", "{tree}"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["predict", "nowhere", "a.jpg"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["export", "nowhere"], "nowhere/checkpoint.pt does not exist: no epoch of this run was finished."),

@@ -24,6 +24,7 @@ from app.manifest import INPUT_NAME, OUTPUT_NAME
 from training.classifiers import in_batches, onnx_run
 from training.compress.layers import WEIGHTED, around_network, name_nodes, weighted_nodes
 from training.errors import CompressError
+from training.head import plain
 from training.progress import counting
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -57,7 +58,10 @@ class Attempt:
 
 
 class Quantiser:
-    """One parent graph and its calibration images; ranges are measured once a method, attempts are cheap."""
+    """One parent graph and its calibration images; ranges are measured once a method, attempts are cheap.
+
+    A temperature that the graph has is left out: the child gets one of its own.
+    """
 
     def __init__(self, model: Path, images: NDArray[np.uint8], folder: Path) -> None:
         """Take an ONNX file, images uint8 `[n, height, width, 3]` without labels, and a folder for what is tried.
@@ -65,14 +69,16 @@ class Quantiser:
         Raises:
             CompressError: the graph has been quantised before, or has nothing to quantise.
         """
-        graph = onnx.load(model)
+        graph = plain(onnx.load(model))
         if any(node.op_type == "DequantizeLinear" for node in graph.graph.node):
             raise CompressError(f"{model} is quantised already: give the bundle that it was made of.")
         if not weighted_nodes(graph):
             raise CompressError(f"{model} has no float32 convolution or dense layer to quantise.")
         self._images, self._folder = images, folder
-        self._prepared = self._prepare(model)
-        self._expected = in_batches(onnx_run(model), images, RUN_BATCH)
+        untempered = folder / "untempered.onnx"
+        onnx.save(graph, untempered)
+        self._expected = in_batches(onnx_run(untempered), images, RUN_BATCH)
+        self._prepared = self._prepare(untempered)
         prepared = onnx.load(self._prepared)
         self._weighted = [node.name for node in weighted_nodes(prepared)]
         self._never = sorted(around_network(prepared) | _sums_with_constants(prepared))
