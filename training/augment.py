@@ -206,7 +206,7 @@ class Blends:
     """int64 `[n, 4]`: top, bottom, left and right of cutmix's box, ends not included; in it the partner alone is."""
 
     def part(self, chosen: slice) -> "Blends":
-        """Return the blends of a part of the batch; partners are still numbered in the whole."""
+        """Return the blends of a part of the batch; partners are still places in the whole."""
         return Blends(self.partners[chosen], self.kept[chosen], self.boxes[chosen])
 
 

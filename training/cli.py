@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from app.errors import ConvoyError
 from training.commands import (
+    bench,
     calibrate,
     card,
     check,
@@ -19,6 +20,7 @@ from training.commands import (
     export,
     fetch,
     few_shot,
+    find_rate,
     import_weights,
     predict,
     train,
@@ -26,7 +28,21 @@ from training.commands import (
 from training.errors import RecipeError
 from training.names import is_text
 
-COMMANDS = (fetch, train, evaluate, predict, export, import_weights, few_shot, calibrate, check, card, compress)
+COMMANDS = (
+    fetch,
+    check,
+    card,
+    find_rate,
+    train,
+    bench,
+    evaluate,
+    predict,
+    export,
+    import_weights,
+    few_shot,
+    calibrate,
+    compress,
+)
 USER_FAULT = 2
 INTERRUPTED = 130
 

@@ -1,8 +1,8 @@
 """What a network costs to keep and to run: parameters and multiply-adds, counted from its ONNX graph.
 
 Counts what any bundle holds, whoever wrote it, so that networks, their pruned and their quantised forms stand in one
-table. Looks at shapes only: never runs a model, and knows nothing of images or bundles. What stands inside of a branch or
-a loop is not counted.
+table. Looks at shapes only: never runs a model, and knows nothing of images or bundles. What stands inside of a branch
+or a loop is not counted.
 """
 
 import math

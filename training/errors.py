@@ -49,6 +49,12 @@ class ExportError(ConvoyError):
     code = "export_refused"
 
 
+class SurgeryError(ConvoyError):
+    """A graph is not built so that its backbone can be told from its head."""
+
+    code = "surgery_refused"
+
+
 class GraphError(ConvoyError):
     """An ONNX file cannot be read, or not everything in it can be counted."""
 
@@ -61,7 +67,7 @@ class CompressError(ConvoyError):
     code = "compress_refused"
 
 
-class SurgeryError(ConvoyError):
-    """A graph is not built so that its backbone can be told from its head."""
+class ClaimError(ConvoyError):
+    """Runs do not hold what a recipe claims, or cannot be compared with it."""
 
-    code = "surgery_refused"
+    code = "claim_not_held"

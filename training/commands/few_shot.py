@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.commands.bundles import add_bundle, golden_photos, tell, version_of
+from training.commands.bundles import add_bundle, add_card, card_of, golden_photos, strangers, tell, version_of
 from training.commands.flags import DATA_HELP, add_cache, count
 from training.names import name_of
 from training.progress import say
@@ -40,6 +40,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--licence", default="not stated", help="terms of the data's use, for the manifest (%(default)s)"
     )
+    add_card(parser)
     add_bundle(parser)
     add_cache(parser)
     for knob in SPLIT_KNOBS:
@@ -64,6 +65,8 @@ def _run(options: argparse.Namespace) -> None:
     from training.export import Offer, export_graph
     from training.fewshot import draw_shots, open_backbone
     from training.heads import HEADS
+    from training.listing import Listing
+    from training.trust import Evidence
 
     name = name_of(options.data) if options.name is None else options.name
     version = version_of(options, name)
@@ -85,6 +88,9 @@ def _run(options: argparse.Namespace) -> None:
         f"Fitted a {options.head} head to {features.shape[1]:,} features of {len(shots):,} images of "
         f"{len(listing.classes)} classes in {seconds:.1f} s; testing on {len(test_split.labels):,}."
     )
+    drawn = (division.test_fraction, division.seed) if found.test is None else None
+    used = Listing(listing.classes, shots, listing.test)
+    card = card_of(options, used, parent.pixels, options.data, drawn, source=options.source)
     offer = Offer(
         name=name,
         version=version,
@@ -109,12 +115,14 @@ def _run(options: argparse.Namespace) -> None:
         f"Backbone: {parent.provenance.source}",
         licence=f"Head: {options.licence}. Backbone: {parent.provenance.licence}",
         command=options.command_line,
+        data_card=card.encoded(),
     )
+    evidence = Evidence(strangers=strangers(options, parent.pixels), calibrate=options.calibrate)
     target = options.models_dir / name / version
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model.onnx"
         onnx.save(backbone.graft(head, len(listing.classes)), model)
-        exported = export_graph(model, backbone.answers(head), offer, test_split, target, golden_from)
+        exported = export_graph(model, backbone.answers(head), offer, test_split, target, golden_from, evidence)
     tell(exported, offer, "The graph and NumPy")
 
 
