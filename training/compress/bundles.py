@@ -15,9 +15,8 @@ from app.golden import Run, prove
 from app.images import decode
 from app.manifest import Bundle, write_bundle
 from training.classifiers import onnx_run
-from training.compress.layers import opset_of
 from training.errors import CompressError
-from training.export import GOLDEN_TOLERANCE
+from training.export import GOLDEN_TOLERANCE, opset_of
 
 MARGIN = 2
 """The tolerance is so many times what two right implementations were apart on the golden images."""
@@ -37,6 +36,8 @@ class Child:
     description: str
     method: str
     details: Mapping[str, Any]
+    trust: Mapping[str, Any]
+    """The manifest's sections on how far it can be trusted."""
     evaluation: Mapping[str, Any]
     command: str
 
@@ -44,14 +45,15 @@ class Child:
 def write_child(parent: Bundle, child: Child, target: Path) -> Bundle:
     """Write the bundle `target` and prove it.
 
-    Pixel recipe, labels, training, source and licence are the parent's, as are the golden images, which were chosen so
-    that each field of the recipe shows, and which may be passed on.
+    Pixel recipe, labels, training, data card, source and licence are the parent's. So are the golden images, which were
+    chosen so that each field of the recipe shows, and which may be passed on.
 
     Raises:
         CompressError: its answers depend too much on how it is computed; nothing is written.
         BundleError: the bundle does not prove itself; nothing is written.
     """
     manifest = parent.manifest
+    card = manifest.data_card
     names = [Path(image.file).name for image in manifest.golden.images]
     images = dict(zip(names, parent.golden_bytes(), strict=True))
     pixels = np.stack([decode(data, manifest.pixels) for data in images.values()])
@@ -63,10 +65,11 @@ def write_child(parent: Bundle, child: Child, target: Path) -> Bundle:
             f"could not be checked within {LARGEST_TOLERANCE}: no bundle was written."
         )
     tolerance = max(GOLDEN_TOLERANCE, MARGIN * apart)
-    fields = manifest.model_dump(mode="json", exclude={"model", "golden", "evaluation", "parent", "provenance"}) | {
+    fields = manifest.model_dump(mode="json", include={"schema_version", "pixels", "labels", "training"}) | {
         "name": child.name,
         "version": child.version,
         "description": child.description,
+        **child.trust,
         "evaluation": {**child.evaluation, "golden_rounding": float(f"{apart:.2g}")},
         "parent": {
             "name": manifest.name,
@@ -92,4 +95,5 @@ def write_child(parent: Bundle, child: Child, target: Path) -> Bundle:
         images,
         probabilities,
         check=lambda written: prove(written, onnx_run(written.model_path)),
+        data_card=None if card is None else (parent.directory / card.file).read_bytes(),
     )
