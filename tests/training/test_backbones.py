@@ -119,7 +119,7 @@ def test_what_cannot_be_rebuilt_is_refused_in_one_sentence(work: Path, bundle: P
     def one_weight_off(model: onnx.ModelProto, _: dict) -> None:
         tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "network.9.weight")
         weights = numpy_helper.to_array(tensor).copy()
-        weights[0] += 0.5
+        weights += 0.5
         tensor.CopyFrom(numpy_helper.from_array(weights, tensor.name))
 
     def another_name(model: onnx.ModelProto, _: dict) -> None:
