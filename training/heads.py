@@ -23,13 +23,13 @@ Step = tuple[str, Sequence[str], Mapping[str, Any]]
 
 SHARPNESSES = np.geomspace(2, 60, 35)
 """Factors on the cosine before the softmax that are tried."""
-STRENGTHS = np.geomspace(1e-6, 1e-1, 11)
+STRENGTHS = np.geomspace(1e-5, 1e-1, 9)
 """L2 penalties that are tried, on features brought to a mean square norm of 1."""
 FOLDS = 5
 ALONE_SHARPNESS = 10.0
 ALONE_STRENGTH = 1e-3
 """Taken where a class has a single image, so that none can be left out: near what five images choose."""
-MOST_ITERATIONS = 300
+MOST_ITERATIONS = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,7 @@ def test_each_fault_is_one_sentence(
         (damaged, tree, [], f"{damaged}/model.onnx is not the file that was exported: its SHA-256 starts "),
         (colours, "nowhere", [], "nowhere does not exist: give --data"),
         (colours, "one", [], "one has the single class 'ant': a classifier needs two or more class folders."),
-        (colours, other, [], f"{other}/test/cow has no counterpart {other}/train/cow: train and test need the same"),
+        (colours, other, [], f"{other}/train/bee has no counterpart {other}/test/bee: train and test need the same"),
         (colours, tree, ["--shots=21"], "The class 'ant' has 20 images to train on, fewer than --shots 21: add some"),
         (colours, tree, ["--shots=0"], "--shots: '0' is no whole number of at least 1."),
         (colours, tree, ["--head=svm"], "--head: invalid choice: 'svm'"),
