@@ -46,7 +46,7 @@ def load() -> ModuleType:
 
 
 def tool(name: str) -> ModuleType:
-    """Return one of the library's tools that change graphs, such as `quantization`: they need onnx, which training has."""
+    """Return one of the library's tools that change graphs, such as `quantization`: they need what training installs."""
     load()
     return import_module(f"onnxruntime.{name}")
 
