@@ -46,7 +46,7 @@ def load() -> ModuleType:
 
 
 def tool(name: str) -> ModuleType:
-    """Return one of the library's tools that change graphs, such as `quantization`; they need onnx."""
+    """Return one of the library's tools, such as `quantization`, which change graphs and need the extra `train`."""
     load()
     return import_module(f"onnxruntime.{name}")
 

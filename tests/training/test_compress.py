@@ -80,7 +80,10 @@ def test_a_graph_is_compressed_beside_its_parent(method, smaller, parent, work, 
     assert first["accuracy"] - last["accuracy"] <= 0.2
     assert last["images_per_s"] > 0
     assert last["accuracy"] == bundle.manifest.evaluation["accuracy"]
-    assert bundle.golden_bytes() == parent.golden_bytes()
+    assert set(bundle.golden_bytes()) <= set(parent.golden_bytes())
+    assert bundle.manifest.evaluation["golden_detects"].keys() == parent.manifest.evaluation["golden_detects"].keys()
+    expected = np.sort(bundle.golden_probabilities(), axis=1)
+    assert (expected[:, -1] - expected[:, -2] > 2 * bundle.manifest.golden.tolerance).all()
     assert bundle.manifest.calibration is not None
     assert bundle.manifest.calibration.measured_images == 30
     assert "points of accuracy" in capsys.readouterr().out

@@ -247,5 +247,9 @@ def _finish(
         bundle = write_child(task.parent, child, target)
     Console().print(comparison_table(rows))
     say(f"{target}: {in_words(rows[0], rows[-1])}")
-    say(f"Its golden answers hold within {bundle.manifest.golden.tolerance:.2g}.")
+    tolerance, detects = bundle.manifest.golden.tolerance, bundle.manifest.evaluation["golden_detects"]
+    assert isinstance(detects, dict)
+    unnoticed = [wrong for wrong, change in detects.items() if float(str(change)) <= tolerance]
+    blind = f", which would not notice {', '.join(unnoticed)}" if unnoticed else ""
+    say(f"Its golden answers hold within {tolerance:.2g}{blind}.")
     describe_trust(bundle.manifest)
