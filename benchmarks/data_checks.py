@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from app.images import decode
-from training.checks.check import _divide
 from training.checks.duplicates import DETAIL, LAYOUT, near, same_files, same_pixels
 from training.checks.features import features_of
 from training.checks.findings import about_duplicates, parts_of
@@ -183,7 +182,7 @@ def main() -> None:
     parser.add_argument("--cleanlab", help="a Python that has cleanlab, to compare suspects with")
     parser.add_argument("--write", type=Path, default=RESULTS, help="file for the figures; earlier ones are kept")
     options = parser.parse_args()
-    listing, _ = _divide(read_listing(options.data), 0.2, 0, [])
+    listing = read_listing(options.data).split(test_fraction=0.2, seed=0)
     record = json.loads(options.write.read_text()) if options.write.exists() else {}
     record["data"] = options.data.name
     record["near"] = {"layout": LAYOUT, "detail": DETAIL}

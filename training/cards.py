@@ -180,6 +180,8 @@ def compare(card: DataCard, listing: Listing, data: Path) -> Compared:
     Raises:
         DataError: an image cannot be read, or the data cannot be divided as the card says.
     """
+    if not card.parts:
+        return Compared(False, False, ("The card has no digests, so nothing can be compared.",))
     found = _divided(card, listing)
     differences: list[str] = []
     is_exact = True
@@ -192,8 +194,6 @@ def compare(card: DataCard, listing: Listing, data: Path) -> Compared:
         if now.sha256 != part.sha256:
             differences += _differences(name, part, now)
     differences += [f"{name}: the data has it, the card does not." for name in found if name not in card.parts]
-    if not card.parts:
-        return Compared(False, False, ("The card has no digests, so nothing can be compared.",))
     if differences:
         left = len(differences) - MOST_SAID
         more = [f"and {left} more differences."] if left > 0 else []

@@ -124,8 +124,11 @@ def onnx_run(model: Path, taken: str = INPUT_NAME, given: str = OUTPUT_NAME) -> 
         BundleError: the file is missing, damaged or not a graph that this runtime takes.
     """
     ort = runtime.load()
+    options = ort.SessionOptions()
+    # Threads that spin between two runs would take the processors from PyTorch, where the graph is a teacher.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions have no common class
         raise BundleError(f"{model} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from error
 

@@ -20,6 +20,7 @@ from training.commands import (
     export,
     fetch,
     few_shot,
+    find_rate,
     import_weights,
     predict,
     train,
@@ -27,7 +28,21 @@ from training.commands import (
 from training.errors import RecipeError
 from training.names import is_text
 
-COMMANDS = (fetch, check, card, train, bench, evaluate, predict, export, import_weights, few_shot, calibrate, compress)
+COMMANDS = (
+    fetch,
+    check,
+    card,
+    find_rate,
+    train,
+    bench,
+    evaluate,
+    predict,
+    export,
+    import_weights,
+    few_shot,
+    calibrate,
+    compress,
+)
 USER_FAULT = 2
 INTERRUPTED = 130
 

@@ -18,6 +18,7 @@ from training.evaluate import Figures, worst_mistakes
 from training.runs import CONFUSION_FILE, CURVES_FILE, MISTAKES_FILE, Epoch
 
 DOTS_PER_INCH = 110
+RATES_FILE = "rates.png"
 MISTAKES = 24
 COLUMNS = 8
 MOST_NAMED_CLASSES = 25
@@ -36,6 +37,21 @@ def draw_curves(history: Sequence[Epoch], directory: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     _save(figure, directory / CURVES_FILE)
+
+
+def draw_rates(tries: Sequence[tuple[float, float]], chosen: float, directory: Path) -> Path:
+    """Draw the smoothed loss over the learning rate, and the rate that was chosen; return the picture's path."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([rate for rate, _ in tries], [loss for _, loss in tries], color="tab:orange")
+    axes.axvline(chosen, color="tab:blue", label=f"{chosen:.1e}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / RATES_FILE
+    _save(figure, path)
+    return path
 
 
 def draw_confusion(figures: Figures, directory: Path) -> None:
@@ -96,7 +112,7 @@ def draw_reliability(before: Sequence[Bin], after: Sequence[Bin], path: Path) ->
             label="right",
         )
         axes.set(xlabel="probability of the likeliest label", ylabel="share", xlim=(0, 1), ylim=(0, 1), title=title)
-        axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _save(figure, path)
 
 

@@ -96,7 +96,12 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
         "history": [asdict(epoch) for epoch in checkpoint.history],
     }
     with replacing(directory / CHECKPOINT_FILE) as file:
-        torch.save(record, file)
+        try:
+            torch.save(record, file)
+        except RuntimeError as error:  # PyTorch hides a full disk behind its own complaint at closing the archive
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     with replacing(directory / RECIPE_FILE) as file:
         file.write(f"{checkpoint.recipe.model_dump_json(indent=2)}\n".encode())
     with replacing(directory / HISTORY_FILE) as file:

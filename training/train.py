@@ -119,12 +119,9 @@ def train(
     """
     recipe = start.recipe
     deterministic()
-    torch.manual_seed(recipe.seed)
-    network = build(recipe.network, classes=len(start.classes), size=recipe.size, dropout=recipe.dropout)
+    network = fresh_network(recipe, len(start.classes), train_split)
     if start.weights is not None:
         network.load_state_dict(start.weights)
-    elif isinstance(network, SetByData):
-        network.initialise(first_look(train_split, recipe))
     learner = Learner(network.to(device), len(start.classes), recipe, device, ranks=ranks)
     history: tuple[Epoch, ...] = ()
     best: dict[str, Tensor] = {}
@@ -179,6 +176,19 @@ def fit(
         yield learner.epoch(number, train_split, test_split)
     if learner.average is not None:
         network.load_state_dict(learner.average.network.state_dict())
+
+
+def fresh_network(recipe: Recipe, classes: int, split: Split) -> nn.Module:
+    """Build the recipe's network with weights drawn by its seed, and where it wants to see images first, show it some.
+
+    Raises:
+        RecipeError: there is no such network, or the image is too small for it.
+    """
+    torch.manual_seed(recipe.seed)
+    network = build(recipe.network, classes=classes, size=recipe.size, dropout=recipe.dropout)
+    if isinstance(network, SetByData):
+        network.initialise(first_look(split, recipe))
+    return network
 
 
 def first_look(split: Split, recipe: Recipe) -> Tensor:

@@ -73,11 +73,11 @@ def test_the_graph_answers_by_the_temperature_of_the_manifest(models: Path, tmp_
     assert temperature_of(graph) == pytest.approx(calibration.temperature, rel=1e-6)
     onnx.save(logits_of(graph), tmp_path / "logits.onnx")
     images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), np.uint8)
-    logits = onnx_run(tmp_path / "logits.onnx", LOGITS_NAME)(images)
+    logits = onnx_run(tmp_path / "logits.onnx", given=LOGITS_NAME)(images)
     expected = softmax(logits, calibration.temperature)
     np.testing.assert_allclose(onnx_run(new.model_path)(images), expected, atol=1e-6)
     energies = energy_of(logits, calibration.temperature)
-    np.testing.assert_allclose(onnx_run(new.model_path, "energy")(images), energies, rtol=1e-5)
+    np.testing.assert_allclose(onnx_run(new.model_path, given="energy")(images), energies, rtol=1e-5)
 
 
 def test_the_service_sees_probabilities_alone(models: Path):

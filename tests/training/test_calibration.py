@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from training.calibration import (
     COLDEST,
@@ -11,6 +14,7 @@ from training.calibration import (
     reliability,
     softmax,
 )
+from training.pictures import draw_reliability
 
 
 def draw(count: int, classes: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -104,3 +108,13 @@ def test_an_honest_model_is_within_chance_and_a_dishonest_one_is_not():
     assert loud.calibration_error > 2 * loud.chance_error_95
     assert honest.negative_log_likelihood < loud.negative_log_likelihood
     assert honest.brier_score < loud.brier_score
+
+
+def test_the_diagram_is_drawn_even_where_bins_are_empty(tmp_path: Path):
+    logits, labels = draw(30, 4, 2.0)
+    draw_reliability(
+        reliability(softmax(logits), labels), reliability(softmax(logits, 2.0), labels), tmp_path / "r.png"
+    )
+    with Image.open(tmp_path / "r.png") as picture:
+        assert picture.width > picture.height > 300
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10

@@ -15,9 +15,11 @@ from training.errors import RecipeError
 from training.nets import build
 from training.nets.airbench import WHITENED, Airbench
 from training.optimizers import Muon, make_optimizer, orthogonal
+from training.rates import Try, best_rate, try_rates
 from training.recipes import Recipe, make_recipe
 from training.runs import Epoch
 from training.schedules import rate_at
+from training.views import several_views
 
 CPU = torch.device("cpu")
 PLAIN = {"shear": 0, "zoom": 0, "flip": False, "dropout": 0, "size": 32, "batch_size": 8, "epochs": 1}
@@ -180,6 +182,39 @@ def test_the_average_is_what_a_fit_ends_with(split: Split):
 def test_blended_images_are_learnt(split: Split):
     _, epochs = fitted(split, mixup=0.2, cutmix=1, epochs=3, learning_rate=0.003)
     assert epochs[-1].test_accuracy == 1
+
+
+# ---------------------------------------------------------------- a rate, several views
+
+
+def test_the_rate_found_learns_and_lies_below_where_it_diverges(split: Split):
+    recipe = make_recipe(**PLAIN)
+    tries = list(try_rates(recipe, 2, split, CPU, lowest=1e-5, highest=100, steps=80))
+    assert len(tries) < 80  # ended where the loss was lost
+    assert [each.rate for each in tries] == sorted(each.rate for each in tries)
+    assert 1e-4 < best_rate(tries) < tries[-1].rate
+
+
+def test_a_loss_that_never_falls_gives_no_rate():
+    with pytest.raises(RecipeError, match="does not fall at any rate"):
+        best_rate([Try(10.0**power, 1.0 + power) for power in range(5)])
+    with pytest.raises(RecipeError, match="the lowest rate must be below the highest"):
+        next(try_rates(Recipe(), 2, Split(np.zeros((0,)), np.zeros(0), ()), CPU, lowest=1, highest=1, steps=3))
+
+
+def test_views_are_joined_by_their_logits():
+    def run(images: np.ndarray) -> np.ndarray:
+        logits = images[:, 0, :2, 0].astype(np.float32) / 10  # tells left from right, and up from down
+        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    images = np.random.default_rng(0).integers(0, 30, (4, 6, 5, 3)).astype(np.uint8)
+    mirrored = several_views(run, "mirror")(images)
+    both = (np.log(run(images)) + np.log(run(images[:, :, ::-1]))) / 2
+    np.testing.assert_allclose(np.log(mirrored[:, 0] / mirrored[:, 1]), both[:, 0] - both[:, 1], rtol=1e-4, atol=1e-5)
+    shifted = several_views(run, "shift")(images)
+    np.testing.assert_allclose(shifted.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(several_views(run, "shift")(images[:, :, ::-1]), shifted, rtol=1e-5)
+    assert several_views(run, "none") is run
 
 
 # ---------------------------------------------------------------- a teacher

@@ -129,7 +129,7 @@ def test_other_sizes_are_taken(name: str, size: int):
 
 
 def test_an_unknown_network_is_named_with_those_that_exist():
-    with pytest.raises(RecipeError, match="no 'article_cmm'; there are alexnet, article_cnn, densenet121"):
+    with pytest.raises(RecipeError, match="no 'article_cmm'; there are airbench94, alexnet, article_cnn, densenet121"):
         build("article_cmm", classes=2, size=32, dropout=0)
 
 

@@ -313,6 +313,22 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(
     assert f"cannot be written (Not a directory): name another folder by --{folder}." in sentence(capsys)
 
 
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(one_epoch: Path, tree: Path):
+    # No file may grow beyond 300 kB: writing the checkpoint of 2 MB fails half way, as on a full disk.
+    run = one_epoch / "runs" / "insects"
+    before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+    code = (
+        f"{limit}import sys; from training.cli import main; sys.exit(main({[*flags(tree, one_epoch), '--resume']!r}))"
+    )
+    stopped = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == 2
+    assert stopped.stderr.count("\n") == 1, stopped.stderr
+    assert "cannot be" in stopped.stderr and "File too large" in stopped.stderr
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not [entry for entry in run.iterdir() if entry.name not in before]
+
+
 @pytest.mark.parametrize("name", ["../escaped", "Pets", "", "a/b"])
 def test_a_run_is_named_as_a_model_may_be(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
     assert cli.main(flags(tree, tmp_path, name=name)) == 2

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from app.golden import prove
-from app.manifest import read_bundle
+from app.manifest import DATA_CARD_FILE, read_bundle
 from training import cli
+from training.cards import compare, read_card
 from training.classifiers import onnx_run
+from training.data import read_listing
 from training.names import check_name, name_of
 from training.recipes import Recipe, flag
 
@@ -56,6 +58,9 @@ def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
     bundle = read_bundle(tmp_path / "models" / "insects" / "1")
     prove(bundle, onnx_run(bundle.model_path))
     assert bundle.manifest.provenance.command == "convoy-train export runs/insects"
+    card = read_card(bundle.directory / DATA_CARD_FILE)
+    assert (card.division.by, card.parts["train"].images, card.parts["test"].images) == ("draw", 48, 12)
+    assert compare(card, read_listing(tmp_path / "data/insects"), tmp_path).is_exact
 
     # The bundle answers as the run did; in this process, to spare the start of two more.
     monkeypatch.chdir(tmp_path)

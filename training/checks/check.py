@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from app.errors import ConvoyError
 from training.checks.duplicates import DETAIL, LAYOUT, near, same_files, same_pixels
 from training.checks.findings import (
     Checked,
@@ -21,9 +20,8 @@ from training.checks.findings import (
     parts_of,
 )
 from training.checks.looks import Survey, survey
-from training.checks.suspects import FOLDS, PENALTY, Suspect, find_suspects, groups_of, out_of_fold
 from training.data import read_listing
-from training.errors import DataError
+from training.errors import DataError, SurgeryError
 from training.listing import TEST, TRAIN, Listing
 
 
@@ -62,9 +60,8 @@ def check(data: Path, model: Path | None, test_fraction: float, seed: int, *, wi
     findings += about_classes(divided.classes, labels, parts)
     if model is not None:
         together = [*(found.places for found in nearly), *same]
-        suspects, places = _judge_labels(surveyed, labels, together, len(divided.classes), model)
-        findings += about_labels(suspects, places, divided.classes)
-        settings["labels"] = {"model": str(model), "judged": len(places), "folds": FOLDS, "l2": PENALTY}
+        suspects, settings["labels"] = _judge_labels(surveyed, labels, together, divided.classes, model)
+        findings += suspects
     return Checked(str(data), divided.classes, surveyed, labels, parts, division, tuple(findings), settings)
 
 
@@ -80,21 +77,28 @@ def _divide(listing: Listing, test_fraction: float, seed: int, faults: list[Data
 
 
 def _judge_labels(
-    surveyed: Survey, labels: Sequence[int], together: Sequence[tuple[int, ...]], classes: int, model: Path
-) -> tuple[list[Suspect], list[int]]:
+    surveyed: Survey,
+    labels: Sequence[int],
+    together: Sequence[tuple[int, ...]],
+    classes: Sequence[str],
+    model: Path,
+) -> tuple[list[Finding], dict[str, object]]:
     """Judge the labels of the classes that are large enough to be divided into folds.
 
     Returns:
-        The suspects, and the places of the pictures that were judged.
+        The suspects, and how they were found.
 
     Raises:
         DataError: fewer than two classes are large enough.
+        SurgeryError: the model gives no features.
     """
+    # They bring PyTorch along, which nothing else here needs.
     from training.checks.features import features_of
+    from training.checks.suspects import FOLDS, PENALTY, Suspect, find_suspects, groups_of, out_of_fold
 
     sound = surveyed.sound
     given = np.array(labels, np.int64)
-    counts = np.bincount(given[sound], minlength=classes)
+    counts = np.bincount(given[sound], minlength=len(classes))
     large = np.flatnonzero(counts >= FOLDS)
     if len(large) < 2:
         raise DataError(
@@ -104,7 +108,7 @@ def _judge_labels(
     places = sound[np.isin(given[sound], large)]
     features = features_of([surveyed.pictures[place] for place in places.tolist()], model)
     if not np.isfinite(features).all():
-        raise ConvoyError(f"{model} gives features that are not numbers: choose another model.")
+        raise SurgeryError(f"{model} gives features that are not numbers: choose another model.")
     groups = groups_of(len(labels), together)[places]
     numbered = np.searchsorted(large, given[places])
     suspects = find_suspects(out_of_fold(features, numbered, groups, len(large)), numbered)
@@ -112,4 +116,5 @@ def _judge_labels(
         Suspect(found.place, int(large[found.suggested]), found.given_probability, found.suggested_probability)
         for found in suspects
     ]
-    return named, places.tolist()
+    about = {"model": str(model), "judged": len(places), "folds": FOLDS, "l2": PENALTY}
+    return list(about_labels(named, places.tolist(), classes)), about

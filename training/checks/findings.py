@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from training.checks.duplicates import Near
 from training.checks.looks import SUFFIXES, Look, Survey
-from training.checks.suspects import Suspect
 from training.listing import TEST, TRAIN
+
+if TYPE_CHECKING:
+    from training.checks.suspects import Suspect
 
 Severity = Literal["error", "warning", "note"]
 SMALLEST_SIDE = 16
@@ -261,8 +263,8 @@ def about_duplicates(
 
 def about_classes(classes: Sequence[str], labels: Sequence[int], parts: Sequence[str]) -> Iterator[Finding]:
     """Find classes that are small, or small beside others, in the part that is trained on."""
-    trained = [label for label, part in zip(labels, parts, strict=True) if part != TEST]
-    counts = [trained.count(label) for label in range(len(classes))]
+    trained = Counter(label for label, part in zip(labels, parts, strict=True) if part != TEST)
+    counts = [trained[label] for label in range(len(classes))]
     for name, count in zip(classes, counts, strict=True):
         if count < FEW:
             yield Finding("few", f"{name}: {count} to train on.")
@@ -272,7 +274,7 @@ def about_classes(classes: Sequence[str], labels: Sequence[int], parts: Sequence
         yield Finding("skew", f"{large} has {most:,} images to train on, {small} has {least:,}.")
 
 
-def about_labels(suspects: Sequence[Suspect], places: Sequence[int], classes: Sequence[str]) -> Iterator[Finding]:
+def about_labels(suspects: "Sequence[Suspect]", places: Sequence[int], classes: Sequence[str]) -> Iterator[Finding]:
     """Turn suspects, whose places are among `places`, into findings."""
     for suspect in suspects:
         name = classes[suspect.suggested]

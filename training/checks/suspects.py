@@ -88,12 +88,12 @@ def confident_joint(probabilities: Probabilities, labels: Labels) -> tuple[NDArr
 
 
 def find_suspects(probabilities: Probabilities, labels: Labels) -> list[Suspect]:
-    """Return the pictures off the diagonal of the confident joint, the surest first.
+    """Return the pictures off the diagonal of the confident joint whose given label is not the likeliest.
 
-    They are ordered by the margin of the probable label over the given one.
+    The surest come first: they are ordered by the margin of the probable label over the given one.
     """
     _, probable = confident_joint(probabilities, labels)
-    places = np.flatnonzero((probable >= 0) & (probable != labels))
+    places = np.flatnonzero((probable >= 0) & (probable != labels) & (probabilities.argmax(axis=1) != labels))
     given = probabilities[places, labels[places]]
     suggested = probabilities[places, probable[places]]
     order = np.argsort(given - suggested, kind="stable")

@@ -4,12 +4,12 @@
 NAME` begins from it. A new one is a module with `RECIPE` and `CLAIM`, and its name in `MODULES`.
 """
 
-from training.claims import article
+from training.claims import article, cifar10
 from training.claims.claim import Claim
 from training.errors import RecipeError
 from training.recipes import Recipe
 
-MODULES = (article,)
+MODULES = (article, cifar10)
 CLAIMED: dict[str, tuple[Recipe, Claim]] = {
     module.__name__.rpartition(".")[2].replace("_", "-"): (module.RECIPE, module.CLAIM) for module in MODULES
 }

@@ -21,21 +21,15 @@ if TYPE_CHECKING:
 MOST_STRANGERS = 1000
 
 
-def add_bundle(parser: argparse.ArgumentParser, *, golden: bool = True) -> None:
-    """Add the flags that say where the bundle goes, what is told of it, and what its probabilities are measured by.
-
-    Args:
-        parser: of the sub-command.
-        golden: whether the golden images are chosen; otherwise they are a parent's.
-    """
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the bundle goes, what is told of it, and what its probabilities are measured by."""
     add_place(parser)
-    if golden:
-        parser.add_argument(
-            "--golden-from",
-            type=Path,
-            metavar="FOLDER",
-            help="photos to make the golden set from, where the test images may not be passed on; default: test images",
-        )
+    parser.add_argument(
+        "--golden-from",
+        type=Path,
+        metavar="FOLDER",
+        help="photos to make the golden set from, where the test images may not be passed on; default: test images",
+    )
     parser.add_argument("--description", help="what the model is, for the manifest")
     add_evidence(parser)
 

@@ -9,6 +9,8 @@ from training.commands.flags import DATA_HELP
 from training.errors import DataError
 from training.progress import say
 
+UNPROVED = "Whether the model was trained on these very files: the bundle has no digest of their names and labels."
+
 
 def add(commands: Any) -> None:
     """Add the sub-command."""
@@ -39,13 +41,15 @@ def _run(options: argparse.Namespace) -> None:
 
     bundle = read_bundle(options.bundle)
     listing = read_listing(options.data).relabelled(bundle.manifest.labels)
-    drawn = None
+    drawn, unknown = None, list(options.unknown)
     if not options.only_measured:
         origin = origin_told(bundle)
         if listing.test is None:
             drawn = origin.test_fraction, origin.seed
         listing = kept_from_training(listing, options.data, origin)
-        if listing.digest != origin.digest:
+        if not origin.digest:
+            unknown.append(UNPROVED)
+        elif listing.digest != origin.digest:
             raise DataError(
                 f"{options.data} does not have the names and labels that {options.bundle} was trained on: give the "
                 "data of the training, or --only-measured."
@@ -57,7 +61,7 @@ def _run(options: argparse.Namespace) -> None:
         options.data,
         drawn,
         is_trained_on=not options.only_measured,
-        unknown=options.unknown,
+        unknown=unknown,
     )
     add_data_card(bundle, card.encoded())
     images = ", ".join(f"{name} {part.images:,}" for name, part in card.parts.items())

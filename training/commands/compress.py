@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from training.commands.bundles import add_bundle
+from training.commands.bundles import add_bundle, add_card, add_evidence, add_place
 from training.commands.compress_bundle import run_fp16, run_int8
 from training.commands.compress_network import run_distil, run_prune
 from training.commands.flags import DATA_HELP, add_cache, add_device, add_knobs, count
@@ -90,6 +90,7 @@ def _add_training(parser: argparse.ArgumentParser, defaults: str) -> None:
     parser.add_argument("--source", help="where the data comes from, for the manifest")
     parser.add_argument("--licence", default="not stated", help="terms of use, for the manifest (%(default)s)")
     add_bundle(parser)
+    add_card(parser)
     add_device(parser)
     add_cache(parser)
     add_knobs(parser.add_argument_group("recipe", defaults), tuple(Recipe.model_fields))
@@ -100,7 +101,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help=DATA_HELP)
     _add_bound(parser)
     parser.add_argument("--name", help="name of the new model; default: the parent's and the method")
-    add_bundle(parser, golden=False)
+    parser.add_argument("--description", help="what the model is, for the manifest")
+    add_place(parser)
+    add_evidence(parser)
     add_cache(parser)
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from training.progress import say
 
 if TYPE_CHECKING:
     from app.golden import Run
-    from app.manifest import Bundle
+    from app.manifest import Bundle, PixelRecipe
     from training.compress.beside import Measured
     from training.compress.int8 import Attempt, Quantiser
     from training.data import Split
@@ -31,8 +31,15 @@ class _Task:
     spare: "tuple[Picture, ...]"
     """Pictures of the data that are not measured on."""
 
+    held_out: "Split | None"
+    """Images that were kept from training and are not the test's."""
     name: str
     """Of the child."""
+
+    @property
+    def pixels(self) -> "PixelRecipe":
+        """How both see an image."""
+        return self.parent.manifest.pixels
 
     def measured(self, model: Path, name: str | None = None) -> "Measured":
         """Measure an ONNX file."""
@@ -47,23 +54,29 @@ class _Task:
 
 
 def _task(options: argparse.Namespace, method: str) -> _Task:
-    import torch
-
     from app.manifest import read_bundle, verify_files
-    from training.classifiers import open_classifier
+    from training.classifiers import origin_told
     from training.data import load_split, read_listing
-    from training.listing import ALL, TRAIN, choose_part
+    from training.listing import ALL, TEST, TRAIN, choose_part, validation_of
 
     parent = read_bundle(options.model)
     verify_files(parent)
     name = options.name or f"{parent.manifest.name}-{method}"
     version = version_of(options, name)
-    origin = open_classifier(options.model, torch.device("cpu")).origin
+    pixels, origin = parent.manifest.pixels, origin_told(parent)
     listing = read_listing(options.data).relabelled(parent.manifest.labels)
     part, pictures, words = choose_part(listing, options.data, origin)
     spare = () if part == ALL else choose_part(listing, options.data, origin, TRAIN)[1]
-    test = load_split(pictures, parent.manifest.pixels, options.cache_dir)
-    return _Task(parent, version, test, f"{options.data}, {words}", spare, name)
+    held_out = validation_of(listing, options.data, origin) if part == TEST else ()
+    return _Task(
+        parent=parent,
+        version=version,
+        test=load_split(pictures, pixels, options.cache_dir),
+        measured_on=f"{options.data}, {words}",
+        spare=spare,
+        held_out=load_split(held_out, pixels, options.cache_dir) if held_out else None,
+        name=name,
+    )
 
 
 def run_int8(options: argparse.Namespace) -> None:
@@ -90,7 +103,11 @@ def run_int8(options: argparse.Namespace) -> None:
             "weights": "int8, 7 bits, per channel",
             "activations": "uint8",
         }
-        _finish(task, [before, after], in_float_arithmetic(attempt.path), "int8", details, options)
+
+        def otherwise(model: Path, temperature: float) -> "Run":
+            return in_float_arithmetic(model)
+
+        _finish(task, (before, after), otherwise, "int8", details, options)
 
 
 def _calibration_images(options: argparse.Namespace, task: _Task) -> "tuple[Split, str]":
@@ -110,7 +127,7 @@ def _calibration_images(options: argparse.Namespace, task: _Task) -> "tuple[Spli
         )
     place = f"the training part of {options.data}" if options.calibrate_on is None else str(options.calibrate_on)
     chosen = _spread(pictures, options.calibration_images)
-    split = load_split(chosen, task.parent.manifest.pixels, options.cache_dir)
+    split = load_split(chosen, task.pixels, options.cache_dir)
     return split, f"{len(chosen)} images of {place}"
 
 
@@ -152,9 +169,12 @@ def _search(
 
 def run_fp16(options: argparse.Namespace) -> None:
     """Halve a bundle's graph, and write a bundle."""
+    import onnx
+
     from training.classifiers import onnx_run
     from training.compress.fp16 import SPEED_NOTE, halve
     from training.compress.table import check_bound
+    from training.head import with_temperature
 
     task = _task(options, "fp16")
     before = task.measured_parent()
@@ -164,47 +184,72 @@ def run_fp16(options: argparse.Namespace) -> None:
         after = task.measured(model)
         check_bound(before.accuracy, after.accuracy, options.max_loss)
         details = {"weights": "float16", "activations": "float16", "note": SPEED_NOTE}
-        # How half precision rounds differs by device; the parent, which does not round so, is as far from each.
-        otherwise = onnx_run(task.parent.model_path)
-        _finish(task, [before, after], otherwise, "fp16", details, options)
+        details = {"weights": "float16", "activations": "float16", "note": SPEED_NOTE}
+
+        def otherwise(_: Path, temperature: float) -> "Run":
+            # How half precision rounds differs by device; the parent, which does not round so, is as far from each.
+            unrounded = Path(scratch) / "unrounded.onnx"
+            onnx.save(with_temperature(onnx.load(task.parent.model_path), temperature), unrounded)
+            return onnx_run(unrounded)
+
+        _finish(task, (before, after), otherwise, "fp16", details, options)
     say(SPEED_NOTE)
 
 
 def _finish(
     task: _Task,
-    measured: "list[Measured]",
-    otherwise: "Run",
+    measured: "tuple[Measured, Measured]",
+    otherwise: "Callable[[Path, float], Run]",
     method: str,
     details: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> None:
-    """Measure parent and child in turns, write the bundle, and show the table."""
+    """Calibrate the child, measure it and its parent in turns, write the bundle, and show the table.
+
+    `otherwise` computes the calibrated child in another right way: from its file and temperature to the function.
+    """
+    import onnx
     from rich.console import Console
 
+    from training.calibrate import calibrate_graph
+    from training.commands.bundles import describe_trust, strangers
     from training.compress.beside import record_of, rows_of
     from training.compress.bundles import Child, write_child
     from training.compress.table import comparison_table, in_words
+    from training.trust import Evidence
 
-    rows = rows_of(measured, task.test.images)
-    child = Child(
-        model=measured[-1].path,
-        otherwise=otherwise,
-        name=task.name,
-        version=task.version,
-        description=options.description or f"{task.parent.manifest.description} Compressed: {method}.",
-        method=method,
-        details=details,
-        evaluation={
-            "data": task.measured_on,
-            "images": len(task.test.labels),
-            "accuracy": round(measured[-1].accuracy, 6),
-            "beside_parent": record_of(rows),
-            "command": options.command_line,
-        },
-        command=options.command_line,
-    )
-    target = options.models_dir / task.name / task.version
-    bundle = write_child(task.parent, child, target)
+    before, after = measured
+    evidence = Evidence(task.held_out, strangers=strangers(options, task.pixels), calibrate=options.calibrate)
+    calibrated = calibrate_graph(onnx.load(after.path), task.test, task.measured_on, evidence)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model.onnx"
+        onnx.save(calibrated.graph, model)
+        rows = rows_of([before, replace(after, path=model)], task.test.images)
+        child = Child(
+            model=model,
+            otherwise=otherwise(model, calibrated.trust.temperature),
+            name=task.name,
+            version=task.version,
+            description=options.description or f"{task.parent.manifest.description} Compressed: {method}.",
+            method=method,
+            details=details,
+            trust=calibrated.records(),
+            evaluation={
+                "data": task.measured_on,
+                "images": len(task.test.labels),
+                "accuracy": round(after.accuracy, 6),
+                "beside_parent": record_of(rows),
+                "command": options.command_line,
+            },
+            command=options.command_line,
+        )
+        target = options.models_dir / task.name / task.version
+        bundle = write_child(task.parent, child, target)
     Console().print(comparison_table(rows))
     say(f"{target}: {in_words(rows[0], rows[-1])}")
-    say(f"Its golden answers hold within {bundle.manifest.golden.tolerance:.2g}.")
+    tolerance, detects = bundle.manifest.golden.tolerance, bundle.manifest.evaluation["golden_detects"]
+    assert isinstance(detects, dict)
+    unnoticed = [wrong for wrong, change in detects.items() if float(str(change)) <= tolerance]
+    blind = f", which would not notice {', '.join(unnoticed)}" if unnoticed else ""
+    say(f"Its golden answers hold within {tolerance:.2g}{blind}.")
+    describe_trust(bundle.manifest)

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.commands.bundles import golden_photos, version_of, write
+from training.commands.bundles import card_of, golden_photos, version_of, write
 from training.commands.flags import data_of, recipe_of
 from training.progress import say
 
 if TYPE_CHECKING:
     from app.manifest import Bundle
+    from training.cards import DataCard
     from training.data import Split
     from training.recipes import Recipe
     from training.runs import Epoch
@@ -37,6 +38,8 @@ class _Trained:
     training: Mapping[str, Any]
     source: str
     licence: str
+    card: "DataCard"
+    held_out: "Split | None"
 
 
 def run_prune(options: argparse.Namespace) -> None:
@@ -60,8 +63,12 @@ def run_prune(options: argparse.Namespace) -> None:
     golden_photos(options)
     device, recipe = choose_device(options.device), recipe_of(options, checkpoint)
     data = data_of(options.model, options.data)
-    listing = kept_from_training(read_listing(data).relabelled(checkpoint.classes), data, origin_of(checkpoint))
-    train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
+    origin = origin_of(checkpoint)
+    whole = read_listing(data).relabelled(checkpoint.classes)
+    listing = kept_from_training(whole, data, origin)
+    rest, held_out = listing.hold_out(recipe.validation_fraction, recipe.seed)
+    drawn = (origin.test_fraction, origin.seed) if whole.test is None else None
+    train_split = load_split(rest.part("train"), recipe.pixels, options.cache_dir)
     test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
     parent = servable_of(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,6 +105,8 @@ def run_prune(options: argparse.Namespace) -> None:
             training=_story(recipe, history, str(data), checkpoint.data_digest, describe(device), options),
             source=options.source or f"Trained on {checkpoint.data} by convoy-train, then pruned.",
             licence=options.licence,
+            card=card_of(options, listing, recipe.pixels, data, drawn, source=options.source),
+            held_out=load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None,
         )
         _finish(trained, options)
 
@@ -131,8 +140,11 @@ def run_distil(options: argparse.Namespace) -> None:
     labels = manifest.labels
     check_network(recipe, len(labels))
     device = choose_device(options.device)
-    listing = read_listing(options.data).relabelled(labels).split(recipe.test_fraction, recipe.seed)
-    train_split = load_split(listing.part("train"), recipe.pixels, options.cache_dir)
+    whole = read_listing(options.data).relabelled(labels)
+    listing = whole.split(recipe.test_fraction, recipe.seed)
+    rest, held_out = listing.hold_out(recipe.validation_fraction, recipe.seed)
+    drawn = (recipe.test_fraction, recipe.seed) if whole.test is None else None
+    train_split = load_split(rest.part("train"), recipe.pixels, options.cache_dir)
     test_split = load_split(listing.part("test"), recipe.pixels, options.cache_dir)
     torch.manual_seed(recipe.seed)
     network = build(recipe.network, classes=len(labels), size=recipe.size, dropout=recipe.dropout)
@@ -154,6 +166,8 @@ def run_distil(options: argparse.Namespace) -> None:
         training=_story(recipe, history, str(options.data), listing.digest, describe(device), options),
         source=options.source or f"Trained on {options.data} by convoy-train, with {manifest.name} as teacher.",
         licence=options.licence,
+        card=card_of(options, listing, recipe.pixels, options.data, drawn, source=options.source),
+        held_out=load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None,
     )
     _finish(trained, options)
 
@@ -231,9 +245,10 @@ def _finish(trained: _Trained, options: argparse.Namespace) -> None:
         source=trained.source,
         licence=trained.licence,
         command=options.command_line,
+        data_card=trained.card.encoded(),
         parent=dict(trained.parent),
         figures={"beside_parent": record_of(rows)},
     )
-    write(trained.servable, offer, trained.test, golden_photos(options), options)
+    write(trained.servable, offer, trained.test, golden_photos(options), options, trained.held_out)
     Console().print(comparison_table(rows))
     say(in_words(rows[0], rows[-1]))

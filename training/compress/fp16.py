@@ -12,6 +12,7 @@ import onnx
 from app import runtime
 from training.compress.layers import around_network, weighted_nodes
 from training.errors import CompressError
+from training.head import plain
 
 SPEED_NOTE = (
     "FP16 is for GPUs that compute in half precision: on a CPU the bundle is only smaller, and speed is not claimed."
@@ -19,22 +20,19 @@ SPEED_NOTE = (
 
 
 def halve(model: Path, into: Path) -> None:
-    """Write the float16 form of an ONNX file.
+    """Write the float16 form of an ONNX file, without its temperature: the child gets one of its own.
 
     Raises:
         CompressError: nothing in the graph can be halved, or it has been compressed before.
     """
-    runtime.load()
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-    from onnxruntime.transformers.onnx_model import OnnxModel
-
-    graph = onnx.load(model)
+    graph = plain(onnx.load(model))
     if not weighted_nodes(graph):
         raise CompressError(f"{model} has no float32 weights to halve: give a bundle that was not compressed before.")
     kept = around_network(graph)
-    halved = convert_float_to_float16(graph, keep_io_types=True, op_block_list=[], node_block_list=sorted(kept))
+    convert = runtime.tool("transformers.float16").convert_float_to_float16
+    halved = convert(graph, keep_io_types=True, op_block_list=[], node_block_list=sorted(kept))
     _without_detours(halved)
-    ordered = OnnxModel(halved)
+    ordered = runtime.tool("transformers.onnx_model").OnnxModel(halved)
     ordered.topological_sort()  # the converter puts its casts last
     del ordered.model.graph.value_info[:]
     onnx.checker.check_model(ordered.model, full_check=True)

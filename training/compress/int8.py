@@ -24,6 +24,7 @@ from app.manifest import INPUT_NAME, OUTPUT_NAME
 from training.classifiers import in_batches, onnx_run
 from training.compress.layers import WEIGHTED, around_network, name_nodes, weighted_nodes
 from training.errors import CompressError
+from training.head import plain
 from training.progress import counting
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -57,7 +58,10 @@ class Attempt:
 
 
 class Quantiser:
-    """One parent graph and its calibration images; ranges are measured once a method, attempts are cheap."""
+    """One parent graph and its calibration images; ranges are measured once a method, attempts are cheap.
+
+    A temperature that the graph has is left out: the child gets one of its own.
+    """
 
     def __init__(self, model: Path, images: NDArray[np.uint8], folder: Path) -> None:
         """Take an ONNX file, images uint8 `[n, height, width, 3]` without labels, and a folder for what is tried.
@@ -65,14 +69,16 @@ class Quantiser:
         Raises:
             CompressError: the graph has been quantised before, or has nothing to quantise.
         """
-        graph = onnx.load(model)
+        graph = plain(onnx.load(model))
         if any(node.op_type == "DequantizeLinear" for node in graph.graph.node):
             raise CompressError(f"{model} is quantised already: give the bundle that it was made of.")
         if not weighted_nodes(graph):
             raise CompressError(f"{model} has no float32 convolution or dense layer to quantise.")
         self._images, self._folder = images, folder
-        self._prepared = self._prepare(model)
-        self._expected = in_batches(onnx_run(model), images, RUN_BATCH)
+        untempered = folder / "untempered.onnx"
+        onnx.save(graph, untempered)
+        self._expected = in_batches(onnx_run(untempered), images, RUN_BATCH)
+        self._prepared = self._prepare(untempered)
         prepared = onnx.load(self._prepared)
         self._weighted = [node.name for node in weighted_nodes(prepared)]
         self._never = sorted(around_network(prepared) | _sums_with_constants(prepared))
@@ -113,28 +119,26 @@ class Quantiser:
 
     def _prepare(self, model: Path) -> Path:
         """Fold constants and infer shapes, as the tools ask for."""
-        runtime.load()
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
         prepared = self._folder / "prepared.onnx"
-        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+        runtime.tool("quantization.shape_inference").quant_pre_process(
+            str(model), str(prepared), skip_symbolic_shape=True
+        )
         named = onnx.load(prepared)
         name_nodes(named)
         onnx.save(named, prepared)
         return prepared
 
     def _quantise(self, into: Path, method: Method, in_float: Sequence[str]) -> None:
-        from onnxruntime.quantization import QuantType, quantize_static
-
+        tools = runtime.tool("quantization")
         with _quiet():
-            quantize_static(
+            tools.quantize_static(
                 str(self._prepared),
                 str(into),
                 op_types_to_quantize=list(QUANTISED),
                 per_channel=True,
                 reduce_range=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
+                activation_type=tools.QuantType.QUInt8,
+                weight_type=tools.QuantType.QInt8,
                 nodes_to_exclude=[*self._never, *in_float],
                 calibrate_method=_method(method),
                 calibration_cache_path=self._ranges(method),
@@ -151,11 +155,10 @@ class Quantiser:
         path = self._folder / f"{method}.json"
         if path.is_file():
             return path
-        from onnxruntime.quantization.calibrate import create_calibrator, save_tensors_data
-
+        tools = runtime.tool("quantization.calibrate")
         extra: dict[Method, dict[str, Any]] = {"minmax": {}, "entropy": ENTROPY_BINS, "percentile": PERCENTILE}
         with _quiet(), counting(f"Calibrating ({method})", len(self._images)) as advance:
-            calibrator: Any = create_calibrator(
+            calibrator = tools.create_calibrator(
                 self._prepared,
                 list(QUANTISED),
                 augmented_model_path=str(self._folder / f"{method}-augmented.onnx"),
@@ -166,7 +169,7 @@ class Quantiser:
                 batch = np.ascontiguousarray(self._images[at : at + RUN_BATCH])
                 calibrator.collect_data(_Once({INPUT_NAME: batch}))
                 advance(len(batch))
-            save_tensors_data(calibrator.compute_data(), path)
+            tools.save_tensors_data(calibrator.compute_data(), path)
         return path
 
     @staticmethod
@@ -219,9 +222,9 @@ def _sums_with_constants(model: onnx.ModelProto) -> set[str]:
 
 
 def _method(name: Method) -> Any:
-    from onnxruntime.quantization import CalibrationMethod
-
-    return CalibrationMethod[{"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[name]]
+    return runtime.tool("quantization").CalibrationMethod[
+        {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[name]
+    ]
 
 
 @contextmanager

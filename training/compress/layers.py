@@ -4,23 +4,11 @@ Owns reading of graphs for `int8.py` and `fp16.py`; changes none.
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-import onnx
 from onnx import ModelProto, NodeProto
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators whose second input is what was learned."""
-
-
-def opset_of(path: Path) -> int:
-    """Return the version of ONNX's own operators that a file is written in."""
-    versions: list[int] = [
-        entry.version
-        for entry in onnx.load(path, load_external_data=False).opset_import
-        if entry.domain in ("", "ai.onnx")
-    ]
-    return max(versions)
 
 
 def name_nodes(model: ModelProto) -> None:

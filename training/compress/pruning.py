@@ -19,8 +19,12 @@ from training.errors import CompressError
 MULTIPLE = 8
 """Of channels that stay in a layer: kernels compute so many at once, and odd numbers would cost as much."""
 MOST_OF_A_LAYER = 0.9
-TRIES = 10
-"""Of shares of channels; the last two differ by a thousandth."""
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Of all channels, that are tried to go."""
+FINER = 5
+"""Halvings between two of them, at most."""
+CLOSE = 0.01
+"""Of the multiply-adds: so much more than was asked for may go."""
 WEIGHING_BATCH = 100
 
 
@@ -56,21 +60,31 @@ def prune(network: nn.Module, planes: Tensor, labels: Tensor, classes: int, drop
     """
     weighed = _weighed(network, planes, labels)
     before = multiply_adds(weighed, planes[:1])
-    least, most = 0.0, 1.0
-    best: Pruned | None = None
-    for _ in range(TRIES):
-        share = (least + most) / 2
+
+    def without(share: float) -> Pruned:
         smaller = _without_channels(weighed, planes[:1], classes, share)
-        pruned = Pruned(smaller, share, before, multiply_adds(smaller, planes[:1]))
-        if pruned.drop >= drop:
-            best, most = pruned, share
-        else:
-            least = share
+        return Pruned(smaller, share, before, multiply_adds(smaller, planes[:1]))
+
+    # From few to many: with very many the library passes over layers that would lose too much, and less is gone.
+    largest, least, best = 0.0, 0.0, None
+    for share in SHARES:
+        tried = without(share)
+        if tried.drop >= drop:
+            best = tried
+            break
+        largest, least = max(largest, tried.drop), share
     if best is None:
         raise CompressError(
-            f"Pruning cannot take {drop:.0%} of this network's multiply-adds: its layers have too few channels that "
-            "may go; ask for a smaller --drop."
+            f"Pruning can take {largest:.0%} of this network's multiply-adds, not {drop:.0%}: ask for a smaller --drop."
         )
+    for _ in range(FINER):
+        if best.drop - drop < CLOSE:
+            break
+        tried = without((least + best.share) / 2)
+        if tried.drop >= drop:
+            best = tried
+        else:
+            least = tried.share
     _restore_gradients(best.network, network)
     return best
 
