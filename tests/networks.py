@@ -76,16 +76,7 @@ def learn_export_and_serve(name: str, data: Path, work: Path, size: int) -> Outc
     for number, photo in enumerate(photos):
         shutil.copyfile(photo, own / f"{number}.jpg")
     # Of few pictures the golden set is soon chosen.
-    _succeed(
-        [
-            "export",
-            str(work / "runs" / model),
-            f"--models-dir={models}",
-            f"--golden-from={own}",
-            "--no-calibrate",
-            *places,
-        ]
-    )
+    _succeed(["export", str(work / "runs" / model), f"--models-dir={models}", f"--golden-from={own}", *places])
     exported = time.process_time()
     bundle = read_bundle(models / model / "1")
     pixels = np.stack([decode(photo.read_bytes(), bundle.manifest.pixels) for photo in photos])

@@ -39,11 +39,18 @@ def test_a_shipped_bundle_is_whole_and_proves_itself(bundle):
 
 def test_every_wrong_recipe_would_be_noticed(bundle):
     session = ClassifierSession(bundle.model_path, "cpu", 1)
+    tolerance, told = bundle.manifest.golden.tolerance, bundle.manifest.evaluation["golden_detects"]
+    assert isinstance(told, dict)
     for what, wrong in wrong_recipes(bundle.manifest.pixels):
+        # What an 8-bit model may round elsewhere can be more than the mildest wrong recipe changes: then that is told.
+        if (change := told[what]) <= tolerance:
+            assert bundle.manifest.parent is not None, f"{what} changes {change}"
+            continue
         altered = Bundle(bundle.directory, bundle.manifest.model_copy(update={"pixels": wrong}))
         with pytest.raises(BundleError, match="does not reproduce its golden answers"):
             prove(altered, session.classify)
             pytest.fail(f"{what} went unnoticed")
+    assert sum(change > tolerance for change in told.values()) > len(told) / 2
 
 
 def test_a_shipped_bundle_says_where_it_comes_from_and_holds_no_path_of_a_machine(bundle):

@@ -257,7 +257,7 @@ def test_each_fault_is_one_sentence(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pt").touch()
     other = tmp_path / "other"
-    for folder in ("train/ant", "train/bee", "test/ant", "test/bee", "test/cow"):
+    for folder in ("train/ant", "train/bee", "test/ant", "test/cow"):
         (other / folder).mkdir(parents=True)
     damaged = make_bundle(tmp_path / "damaged").directory
     (damaged / "model.onnx").write_bytes(b"no graph")
