@@ -17,21 +17,25 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from app.errors import BundleError
 from app.tensors import Array
+from app.trust import Calibration, Conformal, OutOfDistribution, Record, Reference
 
 MANIFEST_FILE = "model.json"
 MODEL_FILE = "model.onnx"
 GOLDEN_DIRECTORY = "golden"
 PROBABILITIES_FILE = "golden/probabilities.npy"
+DATA_CARD_FILE = "data.json"
 TENSORS_FILE = "golden/tensors.npz"
 
 INPUT_NAME = "image"
 """Graph input: uint8 `[N, height, width, 3]`, RGB, 0–255."""
 OUTPUT_NAME = "probabilities"
 """Graph output: float32 `[N, classes]`, each row sums to 1."""
+ENERGY_NAME = "energy"
+"""A second graph output, which a bundle may lack: float32 `[N]`, nats, high for images unlike all classes."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
@@ -41,13 +45,7 @@ Version = Annotated[str, Field(pattern=f"^{VERSION_PATTERN}$")]
 RelativeFile = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")]
 
 
-class _Record(BaseModel):
-    """Immutable, and an unknown field is an error: a misspelt promise is no promise."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PixelRecipe(_Record):
+class PixelRecipe(Record):
     """How an encoded image becomes the uint8 `[height, width, 3]` array that the graph takes.
 
     The short side is resized to `resize_short_side`, then the centre `height` × `width` is cropped. Everything after
@@ -78,7 +76,7 @@ class PixelRecipe(_Record):
         return self
 
 
-class ModelFile(_Record):
+class ModelFile(Record):
     """The ONNX file and the digest that identifies it."""
 
     file: RelativeFile = MODEL_FILE
@@ -87,7 +85,7 @@ class ModelFile(_Record):
     opset: int = Field(ge=1)
 
 
-class GoldenImage(_Record):
+class GoldenImage(Record):
     """One encoded image that the model must still classify as `label`."""
 
     file: RelativeFile
@@ -95,7 +93,7 @@ class GoldenImage(_Record):
     label: str
 
 
-class GoldenSet(_Record):
+class GoldenSet(Record):
     """Images and the probabilities that they must give, float32 `[images, classes]`, within `tolerance`."""
 
     images: tuple[GoldenImage, ...] = Field(min_length=1)
@@ -104,7 +102,14 @@ class GoldenSet(_Record):
     tolerance: float = Field(gt=0, le=0.1, description="Largest allowed absolute difference of a probability.")
 
 
-class Provenance(_Record):
+class DataCardFile(Record):
+    """The data card: what the model was trained on. Training writes and reads it; here it is a file with a digest."""
+
+    file: RelativeFile = DATA_CARD_FILE
+    sha256: Sha256
+
+
+class Provenance(Record):
     """Where the weights come from and under which terms they may be used."""
 
     source: str
@@ -113,7 +118,17 @@ class Provenance(_Record):
     created: str = Field(description="UTC date, ISO 8601.")
 
 
-class Manifest(_Record):
+class Parent(Record):
+    """The model that this one was compressed from."""
+
+    name: Name
+    version: Version | None = Field(description="None: a run that was pruned, not a bundle.")
+    sha256: Sha256 = Field(description="Of its ONNX file, or of the run's checkpoint.")
+    method: Literal["int8", "fp16", "prune", "distil"]
+    details: dict[str, JsonValue] = Field(default_factory=dict, description="What was done, for people.")
+
+
+class Manifest(Record):
     """`model.json`: everything about a model that is not in its graph."""
 
     schema_version: Literal[1] = 1
@@ -124,8 +139,14 @@ class Manifest(_Record):
     labels: tuple[str, ...] = Field(min_length=2)
     model: ModelFile
     golden: GoldenSet
+    data_card: DataCardFile | None = None
     training: dict[str, JsonValue] = Field(default_factory=dict, description="Recipe and history, for people.")
     evaluation: dict[str, JsonValue] = Field(default_factory=dict, description="Figures, and on what measured.")
+    calibration: Calibration | None = None
+    conformal: Conformal | None = None
+    ood: OutOfDistribution | None = None
+    reference: Reference | None = None
+    parent: Parent | None = None
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -137,8 +158,17 @@ class Manifest(_Record):
             raise ValueError(f"the label '{twice}' stands twice")
         return self
 
+    @model_validator(mode="after")
+    def _reference_knows_the_labels(self) -> Self:
+        if self.reference is not None and len(self.reference.predicted) != len(self.labels):
+            raise ValueError(
+                f"the reference counts {len(self.reference.predicted)} predicted labels, but there are "
+                f"{len(self.labels)}"
+            )
+        return self
 
-class TensorGolden(_Record):
+
+class TensorGolden(Record):
     """Inputs and the outputs they must give: arrays of one NumPy archive, `in.<input>` and `out.<output>`."""
 
     file: RelativeFile = TENSORS_FILE
@@ -146,7 +176,7 @@ class TensorGolden(_Record):
     tolerance: float = Field(gt=0, description="Largest allowed absolute difference of a number.")
 
 
-class TensorManifest(_Record):
+class TensorManifest(Record):
     """`model.json` of a model that takes tensors, not images: any ONNX graph. The graph itself says its shapes."""
 
     schema_version: Literal[1] = 1
@@ -253,6 +283,8 @@ def verify_files(bundle: Bundle) -> None:
     expected = {manifest.model.file: manifest.model.sha256}
     expected |= {image.file: image.sha256 for image in manifest.golden.images}
     expected[manifest.golden.probabilities] = manifest.golden.probabilities_sha256
+    if manifest.data_card is not None:
+        expected[manifest.data_card.file] = manifest.data_card.sha256
     _verify(bundle.directory, expected)
     unknown = {image.label for image in manifest.golden.images} - set(manifest.labels)
     if unknown:
@@ -325,6 +357,7 @@ def write_bundle(
     golden: Mapping[str, bytes],
     probabilities: NDArray[np.float32],
     check: Callable[[Bundle], object] | None = None,
+    data_card: bytes | None = None,
 ) -> Bundle:
     """Write a bundle in one step: it is complete and checked at `target`, or nothing there has changed.
 
@@ -336,16 +369,40 @@ def write_bundle(
         golden: file name → encoded image, in the order of `probabilities`.
         probabilities: float32 `[images, classes]`, what the golden images must give.
         check: called with the complete bundle before it takes its place; what it raises keeps the bundle out.
+        data_card: what the model was trained on, the bytes of `data.json`.
 
     Raises:
         BundleError: the fields do not make a valid manifest.
     """
     with _scratch_beside(target) as scratch:
-        record = _fill(scratch, dict(manifest), model, golden, probabilities)
+        fields = dict(manifest)
+        if data_card is not None:
+            fields["data_card"] = _write_card(scratch, data_card)
+        record = _fill(scratch, fields, model, golden, probabilities)
         if check is not None:
             check(Bundle(scratch, record))
         _replace_directory(scratch, target)
     return Bundle(target, record)
+
+
+def add_data_card(bundle: Bundle, data_card: bytes) -> Bundle:
+    """Give a bundle a data card, or another one, in one step; its other files stay byte for byte.
+
+    Raises:
+        BundleError: a file of the bundle is not the one that was exported.
+    """
+    verify_files(bundle)
+    with _scratch_beside(bundle.directory) as scratch:
+        shutil.copytree(bundle.directory, scratch, dirs_exist_ok=True)
+        record = bundle.manifest.model_copy(update={"data_card": _write_card(scratch, data_card)})
+        _write_manifest(scratch, record)
+        _replace_directory(scratch, bundle.directory)
+    return Bundle(bundle.directory, record)
+
+
+def _write_card(directory: Path, data_card: bytes) -> DataCardFile:
+    (directory / DATA_CARD_FILE).write_bytes(data_card)
+    return DataCardFile(sha256=hashlib.sha256(data_card).hexdigest())
 
 
 @contextmanager
@@ -393,9 +450,13 @@ def _fill(
         record = Manifest.model_validate(fields)
     except ValidationError as error:
         raise BundleError(f"The bundle has no valid manifest: {_first_problem(error)}.") from error
-    text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    _write_manifest(directory, record)
     return record
+
+
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def sha256_of(path: Path) -> str:

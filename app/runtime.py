@@ -6,7 +6,7 @@ installed. Knows nothing of models or requests. Every other module asks here: `o
 
 import os
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from types import ModuleType
 
 from app.errors import RuntimeMissingError
@@ -43,6 +43,12 @@ def load() -> ModuleType:
     onnxruntime.set_default_logger_severity(WARNINGS_AND_WORSE)
     module: ModuleType = onnxruntime
     return module
+
+
+def tool(name: str) -> ModuleType:
+    """Return one of the library's tools, such as `quantization`, which change graphs and need the extra `train`."""
+    load()
+    return import_module(f"onnxruntime.{name}")
 
 
 def check_wheels(found: dict[str, str]) -> None:

@@ -2,9 +2,8 @@
 
     python -m benchmarks.networks           # writes benchmarks/.cache/models/resnet50/1, once
 
-The network is that of the papers (He et al. 2015, with the stride in the 3×3 convolution, "v1.5"), 25,557,032
-parameters. The bundle is a real one: exported, compared with PyTorch, with a golden set that it proves itself by, so
-`convoy serve --models benchmarks/.cache/models` takes it as any other.
+The network is that of `training/nets/resnet.py`. The bundle is a real one: exported, compared with PyTorch, with a
+golden set that it proves itself by, so `convoy serve --models benchmarks/.cache/models` takes it as any other.
 """
 
 import tempfile
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from app.errors import BundleError
 from app.golden import prove
@@ -26,64 +24,17 @@ from training.export import GOLDEN_TOLERANCE, compare, write_graph
 from training.golden import choose_golden
 from training.graphs import OPSET
 from training.listing import Picture
+from training.nets import build
 from training.published import read_labels
 from training.recipes import Recipe, make_recipe
 from training.servable import Normalise, Servable
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "benchmarks/.cache/models"
-PARAMETERS = 25_557_032
 CLASSES = 1000
-STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
-"""Channels of the 3×3 convolution, blocks, stride of the first: table 1 of the paper."""
-EXPANSION = 4
 LOGIT_DEVIATION = 4.0
 """Of the logits over pictures: one class stands out, as in a trained network, and golden labels are not in doubt."""
 VIEWS = 64
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        outputs = width * EXPANSION
-        self.narrow, self.narrow_norm = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.middle = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.middle_norm = nn.BatchNorm2d(width)
-        self.widen, self.widen_norm = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = relu(self.narrow_norm(self.narrow(x)))
-        y = relu(self.middle_norm(self.middle(y)))
-        return relu(self.widen_norm(self.widen(y)) + self.shortcut(x))
-
-
-class ResNet50(nn.Module):
-    """float32 `[n, 3, size, size]` → logits `[n, 1000]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)
-        )
-        blocks: list[nn.Module] = []
-        inputs = 64
-        for width, count, stride in STAGES:
-            for number in range(count):
-                blocks.append(Bottleneck(inputs, width, stride if number == 0 else 1))
-                inputs = width * EXPANSION
-        self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(inputs, CLASSES)
-
-    def features(self, x: Tensor) -> Tensor:
-        planes: Tensor = self.blocks(self.stem(x))
-        return planes.mean(dim=(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
 
 
 def main() -> None:
@@ -142,27 +93,24 @@ def write_resnet50(target: Path) -> Bundle:
         )
 
 
-def random_network(images: np.ndarray, recipe: Recipe) -> ResNet50:
+def random_network(images: np.ndarray, recipe: Recipe) -> nn.Sequential:
     """Draw weights, and let the statistics of batch normalisation be those of real pictures, as after a training."""
     torch.manual_seed(0)
-    network = ResNet50()
-    count = sum(parameter.numel() for parameter in network.parameters())
-    if count != PARAMETERS:
-        raise SystemExit(f"This ResNet-50 has {count:,} parameters instead of {PARAMETERS:,}.")
+    network = build("resnet50", classes=CLASSES, size=recipe.size, dropout=0)
+    features, classifier = network[:-1], network[-1]
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(module, nn.BatchNorm2d):
-            # One batch, taken whole: what it measures is what it keeps.
+            # One batch, taken whole: what it measures is what it keeps. Every branch counts, as after a training.
             module.momentum = 1.0
+            nn.init.ones_(module.weight)
     planes = Normalise(recipe)(views(images))
     with torch.no_grad():
-        features = network.train().features(planes)
-        features = network.eval().features(planes)
-        nn.init.normal_(network.classifier.weight, std=1.0)
-        logits = (features - features.mean(dim=0)) @ network.classifier.weight.T
-        network.classifier.weight.mul_(LOGIT_DEVIATION / logits.std())
-        network.classifier.bias.copy_(-network.classifier.weight @ features.mean(dim=0))
+        features.train()(planes)
+        found = features.eval()(planes)
+        nn.init.normal_(classifier.weight, std=1.0)
+        logits = (found - found.mean(dim=0)) @ classifier.weight.T
+        classifier.weight.mul_(LOGIT_DEVIATION / logits.std())
+        classifier.bias.copy_(-classifier.weight @ found.mean(dim=0))
     return network
 
 

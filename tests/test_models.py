@@ -12,11 +12,16 @@ from app.loading import check_graph
 from app.manifest import Bundle, read_bundle, verify_files
 from app.sessions import ClassifierSession
 from app.versions import find_models
+from benchmarks import models
+from benchmarks.models import BEGIN, END
 from tests.servers import convoy
 from training.golden import wrong_recipes
 
 ROOT = Path(__file__).parent.parent
-NAMES = re.findall(r"`([a-z0-9-]+)/\d+`", (ROOT / "models/README.md").read_text().partition("| network |")[0])
+README = (ROOT / "models/README.md").read_text()
+TABLE = README.partition(BEGIN)[2].partition(END)[0]
+ROWS = dict(re.findall(r"^\| `([a-z0-9-]+/\d+)` \| (.*) \|$", TABLE, re.MULTILINE))
+NAMES = {name.partition("/")[0] for name in ROWS}
 SHIPPED = [entry for entry in find_models(ROOT / "models") if entry.name in NAMES]
 
 
@@ -51,7 +56,20 @@ def test_a_shipped_bundle_says_where_it_comes_from_and_holds_no_path_of_a_machin
 
 
 def test_the_table_names_the_models_that_are_there():
-    assert {entry.name for entry in SHIPPED} == set(NAMES) >= {"imagenet", "cifar10-article"}
+    assert {entry.name for entry in SHIPPED} == NAMES >= {"imagenet", "cifar10-article"}
+    assert list(ROWS) == [models.name_of(bundle) for bundle in models.read_bundles(ROOT / "models")]
+
+
+def test_the_table_tells_what_manifests_graphs_and_the_last_measurement_hold():
+    """After a change of a model: python -m benchmarks.models."""
+    result = json.loads(models.RESULT.read_text())
+    bundles = models.read_bundles(ROOT / "models")
+    assert f"\n{models.table(bundles, result)}" == TABLE
+    for bundle in bundles:
+        cells = ROWS[models.name_of(bundle)].split(" | ")
+        assert cells[0] == f"{bundle.manifest.evaluation['accuracy'] * 100:.2f} %"
+        assert cells[5] == f"{bundle.model_path.stat().st_size / 1e6:.2f} MB"
+        assert models.NOTHING not in cells[6:9], "its speed was measured on another file"
 
 
 def test_all_models_together_are_small_enough_for_a_repository():

@@ -59,22 +59,30 @@ def open_classifier(path: Path, device: torch.device) -> Classifier:
     if (path / MANIFEST_FILE).is_file():
         bundle = read_bundle(path)
         run = onnx_run(bundle.model_path)
-        return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, _origin_told(bundle))
+        return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, origin_told(bundle))
     raise RunError(f"{path} is neither a run (with checkpoint.pt) nor a bundle (with {MANIFEST_FILE}).")
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
     """Return what a run was trained on."""
     recipe = checkpoint.recipe
-    return Origin(checkpoint.data, checkpoint.data_digest, recipe.test_fraction, recipe.seed)
+    return Origin(
+        checkpoint.data, checkpoint.data_digest, recipe.test_fraction, recipe.seed, recipe.validation_fraction
+    )
 
 
-def _origin_told(bundle: Bundle) -> Origin:
+def origin_told(bundle: Bundle) -> Origin:
     """Return what a bundle's manifest tells of its training, with the defaults where it was not trained here."""
     told = bundle.manifest.training
     knobs = told.get("recipe")
     recipe = make_recipe(**knobs) if isinstance(knobs, dict) else Recipe()
-    return Origin(str(told.get("data", "")), str(told.get("data_digest", "")), recipe.test_fraction, recipe.seed)
+    return Origin(
+        str(told.get("data", "")),
+        str(told.get("data_digest", "")),
+        recipe.test_fraction,
+        recipe.seed,
+        recipe.validation_fraction,
+    )
 
 
 def servable_of(checkpoint: Checkpoint) -> Servable:
@@ -104,21 +112,29 @@ def torch_run(servable: Servable, device: torch.device) -> Run:
     return run
 
 
-def onnx_run(model: Path) -> Run:
-    """Return the function that classifies in ONNX Runtime on the CPU.
+def onnx_run(model: Path, taken: str = INPUT_NAME, given: str = OUTPUT_NAME) -> Run:
+    """Return the function that classifies in ONNX Runtime on the CPU, or gives another output of the graph.
+
+    Args:
+        model: the ONNX file.
+        taken: the name of its input, where it is a part of a classifier.
+        given: the name of its output, likewise.
 
     Raises:
         BundleError: the file is missing, damaged or not a graph that this runtime takes.
     """
     ort = runtime.load()
+    options = ort.SessionOptions()
+    # Threads that spin between two runs would take the processors from PyTorch, where the graph is a teacher.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions have no common class
         raise BundleError(f"{model} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from error
 
     def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:
-            found: NDArray[np.float32] = session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+            found: NDArray[np.float32] = session.run([given], {taken: images})[0]
         except Exception as error:
             raise BundleError(f"{model} cannot take {list(images.shape)}: {str(error).splitlines()[0]}") from error
         return found

@@ -10,11 +10,39 @@ import sys
 from typing import NoReturn
 
 from app.errors import ConvoyError
-from training.commands import evaluate, export, fetch, import_weights, predict, train
+from training.commands import (
+    bench,
+    calibrate,
+    card,
+    check,
+    compress,
+    evaluate,
+    export,
+    fetch,
+    few_shot,
+    find_rate,
+    import_weights,
+    predict,
+    train,
+)
 from training.errors import RecipeError
 from training.names import is_text
 
-COMMANDS = (fetch, train, evaluate, predict, export, import_weights)
+COMMANDS = (
+    fetch,
+    check,
+    card,
+    find_rate,
+    train,
+    bench,
+    evaluate,
+    predict,
+    export,
+    import_weights,
+    few_shot,
+    calibrate,
+    compress,
+)
 USER_FAULT = 2
 INTERRUPTED = 130
 
@@ -24,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parse(given)
-        options.run(options)
+        status: int | None = options.run(options)
     except ConvoyError as error:
         sys.stderr.write(f"convoy-train: {error.message}\n")
         return USER_FAULT
@@ -34,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"convoy-train: {str(stop) or 'interrupted.'}\n")
         return INTERRUPTED
-    return 0
+    return status or 0
 
 
 class _Parser(argparse.ArgumentParser):

@@ -36,8 +36,13 @@ class Split:
     pictures: tuple[Picture, ...]
 
 
-def read_listing(path: Path) -> Listing:
+def read_listing(path: Path, faults: list[DataError] | None = None) -> Listing:
     """List the data set at `path`: a folder of class folders, a CIFAR-10 archive, or such an archive unpacked.
+
+    Args:
+        path: where it is.
+        faults: takes what single files of a folder have against them, which are then left out; without it the first
+            such fault is raised.
 
     Raises:
         DataError: there is nothing, or it breaks a rule of its format.
@@ -48,7 +53,7 @@ def read_listing(path: Path) -> Listing:
         return read_cifar(path)
     if not path.is_dir():
         raise DataError(f"{path} is neither a folder of class folders nor a CIFAR-10 archive (.tar.gz).")
-    return read_tree(path)
+    return read_tree(path, faults)
 
 
 def load_split(pictures: Sequence[Picture], pixels: PixelRecipe, cache: Path) -> Split:

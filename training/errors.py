@@ -47,3 +47,27 @@ class ExportError(ConvoyError):
     """The exported graph does not answer as the network does, so no bundle is written."""
 
     code = "export_refused"
+
+
+class SurgeryError(ConvoyError):
+    """A graph is not built so that its backbone can be told from its head."""
+
+    code = "surgery_refused"
+
+
+class GraphError(ConvoyError):
+    """An ONNX file cannot be read, or not everything in it can be counted."""
+
+    code = "bad_graph"
+
+
+class CompressError(ConvoyError):
+    """A model cannot be compressed as asked, or loses more by it than was allowed, so no bundle is written."""
+
+    code = "compress_refused"
+
+
+class ClaimError(ConvoyError):
+    """Runs do not hold what a recipe claims, or cannot be compared with it."""
+
+    code = "claim_not_held"

@@ -91,6 +91,13 @@ def measure_figures(probabilities: NDArray[np.float32], truth: NDArray[np.int64]
     return Figures(labels, confusion, top5=float((likeliest == truth[:, None]).any(axis=1).mean()))
 
 
+def worst_mistakes(probabilities: NDArray[np.float32], truth: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return the places of the wrong answers given with the most confidence, int64 `[<= most]`, the surest first."""
+    given = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(given != truth)
+    return wrong[np.argsort(-probabilities[wrong, given[wrong]], kind="stable")][:most]
+
+
 def predict(classifier: Classifier, files: Sequence[Path]) -> NDArray[np.float32]:
     """Classify image files one by one: float32 `[files, classes]`.
 

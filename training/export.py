@@ -6,7 +6,7 @@ images, golden set, bundle, proof of the bundle, and only then its place under `
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 
 from app.golden import Run, prove
 from app.manifest import INPUT_NAME, OUTPUT_NAME, Bundle, PixelRecipe, write_bundle
+from training.calibrate import calibrate_graph
 from training.classifiers import in_batches, onnx_run, torch_run
 from training.data import Split
 from training.errors import ExportError
 from training.evaluate import measure_figures
 from training.golden import choose_golden
-from training.graphs import OPSET, make_graph
+from training.graphs import make_graph
 from training.listing import Picture
 from training.servable import Servable
+from training.trust import Evidence
 
 LARGEST_DIFFERENCE = 1e-4
 """Of any probability between PyTorch and ONNX Runtime. Measured on real images: 6e-7 and 1.1e-6 for the two models."""
@@ -52,6 +54,12 @@ class Offer:
     source: str
     licence: str
     command: str
+    data_card: bytes | None = None
+    """What the model was trained on (`training/cards.py`), as a file."""
+    parent: dict[str, Any] | None = None
+    """What this was compressed from."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """More for the manifest's evaluation, measured by whoever offers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,12 @@ class Exported:
 
 
 def export(
-    servable: Servable, offer: Offer, split: Split, target: Path, golden_from: Sequence[Picture] = ()
+    servable: Servable,
+    offer: Offer,
+    split: Split,
+    target: Path,
+    golden_from: Sequence[Picture] = (),
+    evidence: Evidence | None = None,
 ) -> Exported:
     """Write the bundle `target` and prove it.
 
@@ -74,6 +87,7 @@ def export(
         split: real images, to compare the runtimes and to measure accuracy on.
         target: `<models>/<name>/<version>`.
         golden_from: pictures for the golden set that may be passed on; by default those of the split.
+        evidence: what the probabilities are calibrated with, beside the split.
 
     Raises:
         ExportError: ONNX Runtime and PyTorch differ; nothing is written.
@@ -82,10 +96,42 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model.onnx"
         write_graph(servable, offer.pixels, model)
-        run = onnx_run(model)
-        difference = compare(torch_run(servable, torch.device("cpu")), run, split)
-        figures = measure_figures(in_batches(run, split.images, max(BATCHES)), split.labels, offer.labels)
-        golden = choose_golden(golden_from or split.pictures, offer.pixels, run)
+        reference = torch_run(servable, torch.device("cpu"))
+        return export_graph(model, reference, offer, split, target, golden_from, evidence)
+
+
+def export_graph(
+    model: Path,
+    reference: Run,
+    offer: Offer,
+    split: Split,
+    target: Path,
+    golden_from: Sequence[Picture] = (),
+    evidence: Evidence | None = None,
+) -> Exported:
+    """Write the bundle `target` of a graph that need not be PyTorch's, and prove it.
+
+    Args:
+        model: ONNX file from `image` to `probabilities`, self-contained, which ends in a softmax; the bundle's graph
+            is this with a temperature before the softmax, and the energy as a second output.
+        reference: what the graph has to answer, computed in another way, before any temperature.
+        offer: what the manifest says of it.
+        split: real images, to compare graph and reference and to measure accuracy on.
+        target: `<models>/<name>/<version>`.
+        golden_from: pictures for the golden set that may be passed on; by default those of the split.
+        evidence: what the probabilities are calibrated with, beside the split.
+
+    Raises:
+        ExportError: the graph does not answer as the reference; nothing is written.
+        BundleError: ONNX Runtime does not take the graph, or the bundle does not prove itself; nothing is written.
+    """
+    difference = compare(reference, onnx_run(model), split)
+    calibrated = calibrate_graph(onnx.load(model), split, offer.data, evidence or Evidence())
+    figures = measure_figures(calibrated.probabilities, split.labels, offer.labels)
+    with tempfile.TemporaryDirectory() as scratch:
+        final = Path(scratch) / "model.onnx"
+        onnx.save(calibrated.graph, final)
+        golden = choose_golden(golden_from or split.pictures, offer.pixels, onnx_run(final))
         manifest = {
             "name": offer.name,
             "version": offer.version,
@@ -96,27 +142,31 @@ def export(
             "evaluation": {
                 "data": offer.data,
                 **figures.summary(),
+                **offer.figures,
                 "runtime_difference": float(f"{difference:.2g}"),
                 "golden_detects": {wrong: float(f"{change:.2g}") for wrong, change in golden.detects.items()},
                 "command": offer.command,
             },
+            **calibrated.records(),
+            "parent": offer.parent,
             "provenance": {
                 "source": offer.source,
                 "licence": offer.licence,
                 "command": offer.command,
                 "created": datetime.now(UTC).date().isoformat(),
             },
-            "opset": OPSET,
+            "opset": opset_of(model),
             "tolerance": GOLDEN_TOLERANCE,
             "golden_labels": [offer.labels[index] for index in golden.probabilities.argmax(axis=1).tolist()],
         }
         bundle = write_bundle(
             target,
             manifest,
-            model,
+            final,
             golden.images,
             golden.probabilities,
             check=lambda written: prove(written, onnx_run(written.model_path)),
+            data_card=offer.data_card,
         )
     return Exported(bundle, difference, golden.detects)
 
@@ -130,6 +180,12 @@ def write_graph(servable: Servable, pixels: PixelRecipe, path: Path) -> None:
     example = torch.zeros(2, pixels.height, pixels.width, 3, dtype=torch.uint8)
     graph = make_graph(servable, {INPUT_NAME: example}, OUTPUT_NAME, {INPUT_NAME: ("n", None, None, None)})
     onnx.save(graph, path)
+
+
+def opset_of(model: Path) -> int:
+    """Return the version of ONNX' own operators that a file's graph is written in."""
+    graph = onnx.load(model, load_external_data=False)
+    return next(int(entry.version) for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def compare(reference: Run, candidate: Run, split: Split) -> float:

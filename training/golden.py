@@ -59,8 +59,12 @@ def choose_golden(pictures: Sequence[Picture], pixels: PixelRecipe, run: Run, se
         images[name] = max(tried, key=lambda data: _sensitivity(data, pixels, run))
     encoded = list(images.values())
     right = run(_decode(encoded, pixels))
-    detects = {name: float(np.abs(run(_decode(encoded, wrong)) - right).max()) for name, wrong in wrong_recipes(pixels)}
-    return GoldenAnswers(images, right, detects)
+    return GoldenAnswers(images, right, detected(encoded, pixels, right, run))
+
+
+def detected(encoded: Sequence[bytes], pixels: PixelRecipe, right: NDArray[np.float32], run: Run) -> dict[str, float]:
+    """Return, for each wrong recipe, the largest change that it causes of the probabilities `right` of these images."""
+    return {name: float(np.abs(run(_decode(encoded, wrong)) - right).max()) for name, wrong in wrong_recipes(pixels)}
 
 
 def wrong_recipes(pixels: PixelRecipe) -> Iterator[tuple[str, PixelRecipe]]:

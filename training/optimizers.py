@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.freezing import at_rates
 from training.recipes import Recipe
 
 ADAM_EPSILON = 1e-7
@@ -36,6 +37,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         spared = [parameter for parameter in parameters if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
+    groups = [part for group in groups for part in at_rates(group, network, recipe)]
     rate = recipe.learning_rate
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=recipe.nesterov)

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.atomic import replacing
+from training.calibration import Bin
 from training.data import Split
-from training.evaluate import Figures
+from training.evaluate import Figures, worst_mistakes
 from training.runs import CONFUSION_FILE, CURVES_FILE, MISTAKES_FILE, Epoch
 
 DOTS_PER_INCH = 110
+RATES_FILE = "rates.png"
 MISTAKES = 24
 COLUMNS = 8
 MOST_NAMED_CLASSES = 25
@@ -35,6 +37,21 @@ def draw_curves(history: Sequence[Epoch], directory: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     _save(figure, directory / CURVES_FILE)
+
+
+def draw_rates(tries: Sequence[tuple[float, float]], chosen: float, directory: Path) -> Path:
+    """Draw the smoothed loss over the learning rate, and the rate that was chosen; return the picture's path."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([rate for rate, _ in tries], [loss for _, loss in tries], color="tab:orange")
+    axes.axvline(chosen, color="tab:blue", label=f"{chosen:.1e}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / RATES_FILE
+    _save(figure, path)
+    return path
 
 
 def draw_confusion(figures: Figures, directory: Path) -> None:
@@ -58,8 +75,7 @@ def draw_confusion(figures: Figures, directory: Path) -> None:
 def draw_mistakes(split: Split, probabilities: NDArray[np.float32], labels: tuple[str, ...], directory: Path) -> None:
     """Draw the wrong answers that were given with the most confidence: true label over given label."""
     given = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(given != split.labels)
-    worst = wrong[np.argsort(-probabilities[wrong, given[wrong]], kind="stable")][:MISTAKES]
+    worst = worst_mistakes(probabilities, split.labels, MISTAKES)
     rows = max(1, -(-len(worst) // COLUMNS))
     figure = Figure(figsize=(1.25 * COLUMNS, 1.65 * rows), layout="constrained")
     for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:
@@ -70,6 +86,34 @@ def draw_mistakes(split: Split, probabilities: NDArray[np.float32], labels: tupl
         title = f"{labels[split.labels[index]]}\nnot {labels[given[index]]} ({sure:.0%})"
         axes.set_title(title, fontsize=7, parse_math=False)
     _save(figure, directory / MISTAKES_FILE)
+
+
+def draw_reliability(before: Sequence[Bin], after: Sequence[Bin], path: Path) -> None:
+    """Draw how often answers were right by how sure they were, before and after calibration, and how many there are."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, bins, title in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        full = [entry for entry in bins if entry.images]
+        total = max(1, sum(entry.images for entry in full))
+        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
+        axes.bar(
+            [entry.low for entry in bins],
+            [entry.images / total for entry in bins],
+            [entry.high - entry.low for entry in bins],
+            align="edge",
+            color="tab:gray",
+            alpha=0.4,
+            label="share of images",
+        )
+        axes.plot(
+            [entry.confidence for entry in full],
+            [entry.accuracy for entry in full],
+            "o-",
+            color="tab:blue",
+            label="right",
+        )
+        axes.set(xlabel="probability of the likeliest label", ylabel="share", xlim=(0, 1), ylim=(0, 1), title=title)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from training.errors import WeightsError
 from training.nets import PUBLISHED, build
+from training.nets.translation import is_published, translate
 from training.recipes import Recipe
 
 
@@ -33,9 +34,10 @@ def read_network(path: Path, recipe: Recipe, classes: int) -> nn.Module:
         WeightsError: the file is no state dict, or its tensors are not exactly those of the network.
     """
     network = build(recipe.network, classes=classes, size=recipe.size, dropout=recipe.dropout)
-    weights = _read_state(path)
-    if recipe.network in PUBLISHED and not weights.keys() & network.state_dict().keys():
-        weights = PUBLISHED[recipe.network](weights)
+    weights = read_state(path)
+    ours, name_of = network.state_dict().keys(), PUBLISHED.get(recipe.network)
+    if name_of is not None and is_published(weights, ours, name_of):
+        weights = translate(weights, ours, name_of, recipe.network)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -44,7 +46,12 @@ def read_network(path: Path, recipe: Recipe, classes: int) -> nn.Module:
     return network.eval()
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a PyTorch state dict; nothing in it is executed.
+
+    Raises:
+        WeightsError: the file is none.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

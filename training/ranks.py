@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -82,13 +84,13 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # torchrun's store outlives a restart, with the addresses of processes that are gone: gloo was seen to call them.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"start-{restarts}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Ranks(
-            rank=distributed.get_rank(),
-            size=distributed.get_world_size(),
-            local=int(os.environ["LOCAL_RANK"]),
-            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        )
+        yield Ranks(rank=rank, size=size, local=int(os.environ["LOCAL_RANK"]), restarts=restarts)
     finally:
         distributed.destroy_process_group()

@@ -22,6 +22,19 @@ def _three(value: Any) -> Any:
     return [value[0]] * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
+PIXEL_KNOBS = (
+    "network",
+    "size",
+    "resize_short_side",
+    "interpolation",
+    "exif",
+    "min_decode_ratio",
+    "rescale",
+    "mean",
+    "std",
+)
+"""Knobs that say which network weights are of and how they want their pixels; how they were trained is history."""
+
 Channels = Annotated[tuple[float, float, float], BeforeValidator(_three)]
 
 
@@ -77,7 +90,19 @@ class Recipe(BaseModel):
     patience: int = Field(
         default=0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: no."
     )
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="Share of features dropped before the last layer.")
+    frozen_epochs: int = Field(default=0, ge=0, description="First epochs, in which the last layer alone learns.")
+    backbone_rate: float = Field(
+        default=1.0, gt=0, le=1, description="Step size of all below the last layer, as a share of --learning-rate."
+    )
+    keep_statistics: bool = Field(
+        default=False, description="Normalise by the statistics that the weights came with, not by each batch's."
+    )
+    dropout: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of features dropped before the last layer; ResNets, DenseNets: none.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Same seed, data and machine: same weights, bit for bit.")
 
     rescale: float = Field(default=1 / 255, gt=0, description="Factor on pixel values 0-255, before mean and std.")
@@ -128,6 +153,8 @@ def make_recipe(**fields: Any) -> Recipe:
             raise RecipeError(f"--accumulate: input should be at most --batch-size, which is {recipe.batch_size}.")
         if recipe.patience and not recipe.validation_fraction:
             raise RecipeError("--patience: needs --validation-fraction: the test images must not say when to stop.")
+        if recipe.backbone_rate != 1 and recipe.optimizer == "muon":
+            raise RecipeError("--backbone-rate: muon has two step sizes of its own; choose another --optimizer.")
         if not all(recipe.std):
             raise RecipeError("--std: 0 cannot be divided by.")
         for knob in ("shift", "cutout"):

@@ -28,6 +28,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 RECIPE_FILE = "recipe.json"
 HISTORY_FILE = "history.csv"
 CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE = "curves.png", "confusion.png", "mistakes.png"
+REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 
 
@@ -71,6 +72,8 @@ class Checkpoint:
     """Of half-precision gradients; empty without."""
     best: dict[str, Tensor]
     """The weights that were best on the validation part, if that decides; empty otherwise."""
+    begun_from: str = ""
+    """What its first weights were taken from; empty where they were drawn."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -93,7 +96,12 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
         "history": [asdict(epoch) for epoch in checkpoint.history],
     }
     with replacing(directory / CHECKPOINT_FILE) as file:
-        torch.save(record, file)
+        try:
+            torch.save(record, file)
+        except RuntimeError as error:  # PyTorch hides a full disk behind its own complaint at closing the archive
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     with replacing(directory / RECIPE_FILE) as file:
         file.write(f"{checkpoint.recipe.model_dump_json(indent=2)}\n".encode())
     with replacing(directory / HISTORY_FILE) as file:
@@ -215,7 +223,7 @@ def _take_lock(directory: Path) -> int:
 
 def _discard_files_for_people(directory: Path) -> None:
     """Delete what tells of an earlier run; its checkpoint is replaced whole."""
-    for name in (RECIPE_FILE, HISTORY_FILE, CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE):
+    for name in (RECIPE_FILE, HISTORY_FILE, CURVES_FILE, CONFUSION_FILE, MISTAKES_FILE, REPORT_FILE):
         (directory / name).unlink(missing_ok=True)
 
 

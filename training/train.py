@@ -28,6 +28,7 @@ from training.balance import class_weights, epoch_order
 from training.data import Split
 from training.devices import deterministic
 from training.errors import DivergedError, RecipeError
+from training.freezing import prepare
 from training.nets import build
 from training.optimizers import make_optimizer
 from training.progress import counting
@@ -57,6 +58,8 @@ class Start:
     checkpoint: Checkpoint | None = None
     weights: dict[str, Tensor] | None = None
     """A state of the recipe's network to begin with, instead of a fresh draw."""
+    begun_from: str = ""
+    """Where these are from, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +119,9 @@ def train(
     """
     recipe = start.recipe
     deterministic()
-    torch.manual_seed(recipe.seed)
-    network = build(recipe.network, classes=len(start.classes), size=recipe.size, dropout=recipe.dropout)
+    network = fresh_network(recipe, len(start.classes), train_split)
     if start.weights is not None:
         network.load_state_dict(start.weights)
-    elif isinstance(network, SetByData):
-        network.initialise(first_look(train_split, recipe))
     learner = Learner(network.to(device), len(start.classes), recipe, device, ranks=ranks)
     history: tuple[Epoch, ...] = ()
     best: dict[str, Tensor] = {}
@@ -143,6 +143,7 @@ def train(
                     data_digest=start.data_digest,
                     command=start.command,
                     hardware=start.hardware,
+                    begun_from=start.begun_from,
                     history=history,
                     best=best,
                     **learner.state(),
@@ -175,6 +176,19 @@ def fit(
         yield learner.epoch(number, train_split, test_split)
     if learner.average is not None:
         network.load_state_dict(learner.average.network.state_dict())
+
+
+def fresh_network(recipe: Recipe, classes: int, split: Split) -> nn.Module:
+    """Build the recipe's network with weights drawn by its seed, and where it wants to see images first, show it some.
+
+    Raises:
+        RecipeError: there is no such network, or the image is too small for it.
+    """
+    torch.manual_seed(recipe.seed)
+    network = build(recipe.network, classes=classes, size=recipe.size, dropout=recipe.dropout)
+    if isinstance(network, SetByData):
+        network.initialise(first_look(split, recipe))
+    return network
 
 
 def first_look(split: Split, recipe: Recipe) -> Tensor:
@@ -218,6 +232,8 @@ class Learner:
     def __post_init__(self) -> None:
         if self.recipe.precision == "fp16" and self.device.type == "cpu":
             raise RecipeError("--precision fp16: only a GPU computes in it; use bf16 on a CPU.")
+        if self.recipe.frozen_epochs and self.ranks.size > 1:
+            raise RecipeError("--frozen-epochs: what learns cannot change where several processes train; use one.")
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.network, self.recipe)
@@ -307,11 +323,11 @@ def train_epoch(learner: Learner, split: Split, number: int) -> tuple[float, flo
     mirrored = alternate(len(labels), recipe, number)
     weight = class_weights(labels, learner.classes).to(learner.device) if recipe.balance == "weights" else None
     steps = batches(order, recipe.batch_size, fewest=2 * ranks.size)
-    learner.network.train()
+    prepare(learner.network, learner.optimizer, recipe, number)
     # Summed where the network is: asking for a number at every step would make a GPU wait for it.
     totals = torch.zeros(2, device=learner.device)
     seen, begun = 0, time.perf_counter()
-    with counting(f"Epoch {number}/{recipe.epochs}", len(order), shown=ranks.first) as advance:
+    with counting(f"Epoch {number}/{recipe.epochs}", len(order), recipe.epochs - number, shown=ranks.first) as advance:
         for step, chosen in enumerate(steps):
             learner.set_rate(rate_at((number - 1) * len(steps) + step, recipe.epochs * len(steps), recipe))
             planes, targets = make_batch(learner, split, chosen, augment_generator, mirrored)

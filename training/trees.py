@@ -14,25 +14,35 @@ NO_LABEL = -1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_tree(root: Path) -> Listing:
+def read_tree(root: Path, faults: list[DataError] | None = None) -> Listing:
     """List a tree; classes are the folders' names in sorted order. Hidden files and folders are ignored.
+
+    Args:
+        root: the folder that holds the classes, or train/ and test/.
+        faults: takes what single files and folders have against them, which are then left out; without it the first
+            such fault is raised.
 
     Raises:
         DataError: the tree breaks a rule of the layout.
     """
     folders = {entry.name for entry in _entries(root) if entry.is_dir()}
     if not folders & {TRAIN, TEST}:
-        classes = _classes(root)
-        return Listing(classes, _pictures(root, root, classes), test=None)
+        classes = _classes(root, faults)
+        return Listing(classes, _pictures(root, root, classes, faults), test=None)
     for missing in {TRAIN, TEST} - folders:
         present = TRAIN if missing == TEST else TEST
         raise DataError(
             f"{root} has {present}/ but no {missing}/: add {missing}/<class>/, "
             f"or give {root / present} as the data to have it split."
         )
-    classes = _classes(root / TRAIN)
-    _check_same_classes(root, classes, _classes(root / TEST))
-    return Listing(classes, _pictures(root, root / TRAIN, classes), test=_pictures(root, root / TEST, classes))
+    classes = _classes(root / TRAIN, faults)
+    tested = _classes(root / TEST, faults)
+    _check_same_classes(root, classes, tested, faults)
+    return Listing(
+        classes,
+        _pictures(root, root / TRAIN, classes, faults),
+        test=_pictures(root, root / TEST, classes, faults, present=tested),
+    )
 
 
 def read_photos(folder: Path) -> tuple[Picture, ...]:
@@ -47,11 +57,37 @@ def read_photos(folder: Path) -> tuple[Picture, ...]:
     return tuple(_picture(folder, folder, entry, NO_LABEL) for entry in found)
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    for entry in _entries(folder):
+def read_photos_below(folder: Path) -> tuple[Picture, ...]:
+    """List the images in a folder and in all folders below it, without classes; other files are passed over.
+
+    Raises:
+        DataError: there is no image, or no such folder.
+    """
+    found: list[Picture] = []
+    pending = [folder]
+    while pending:
+        here = pending.pop()
+        entries = _entries(here)
+        images = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
+        found += [_picture(folder, here, entry, NO_LABEL) for entry in images]
+        pending += [Path(entry.path) for entry in reversed(entries) if entry.is_dir()]
+    if not found:
+        raise DataError(f"{folder} holds no .jpg, .jpeg, .png or .webp image.")
+    return tuple(found)
+
+
+def _tell(faults: list[DataError] | None, sentence: str) -> None:
+    if faults is None:
+        raise DataError(sentence)
+    faults.append(DataError(sentence))
+
+
+def _classes(folder: Path, faults: list[DataError] | None) -> tuple[str, ...]:
+    entries = _entries(folder)
+    for entry in entries:
         if not entry.is_dir():
-            raise DataError(f"{folder / entry.name} is not in a class folder: move it into {folder}/<class>/.")
-    names = sorted(entry.name for entry in _entries(folder))
+            _tell(faults, f"{folder / entry.name} is not in a class folder: move it into {folder}/<class>/.")
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise DataError(f"{folder} is empty: it needs one folder of images per class.")
     if len(names) == 1:
@@ -59,21 +95,39 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_same_classes(root: Path, train: tuple[str, ...], test: tuple[str, ...]) -> None:
+def _check_same_classes(
+    root: Path, train: tuple[str, ...], test: tuple[str, ...], faults: list[DataError] | None
+) -> None:
     for name in sorted(set(test) ^ set(train)):
         has, lacks = (TEST, TRAIN) if name in test else (TRAIN, TEST)
-        raise DataError(
+        _tell(
+            faults,
             f"{root / has / name} has no counterpart {root / lacks / name}: train and test need the same classes, "
-            "spelt alike."
+            "spelt alike.",
         )
 
 
-def _pictures(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[Picture, ...]:
+def _pictures(
+    root: Path,
+    folder: Path,
+    classes: tuple[str, ...],
+    faults: list[DataError] | None,
+    present: tuple[str, ...] | None = None,
+) -> tuple[Picture, ...]:
     pictures: list[Picture] = []
     for label, name in enumerate(classes):
-        found = [_picture(root, folder / name, entry, label) for entry in _entries(folder / name)]
+        if present is not None and name not in present:
+            continue
+        found = []
+        for entry in _entries(folder / name):
+            try:
+                found.append(_picture(root, folder / name, entry, label))
+            except DataError as error:
+                if faults is None:
+                    raise
+                faults.append(error)
         if not found:
-            raise DataError(f"{folder / name} holds no images: add some, or remove the folder.")
+            _tell(faults, f"{folder / name} holds no images: add some, or remove the folder.")
         pictures += found
     return tuple(pictures)
 

@@ -44,20 +44,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def draw_images(root: Path, *, parts: tuple[tuple[str, int], ...] = (("train", 20), ("test", 10))) -> Path:
+    """Write `<root>/{train,test}/<class>/N.jpg`, or `<root>/<class>/N.jpg` where a part has no name."""
+    for offset, (part, count) in enumerate(parts):
+        for label, name in enumerate(CLASSES):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number:03d}.jpg").write_bytes(jpeg(stripes(label, 1000 * offset + number)))
+    return root
+
+
 @pytest.fixture(scope="session")
 def draw_tree() -> Callable[..., Path]:
-    """Return a function that writes `<root>/{train,test}/<class>/N.jpg`, or `<root>/<class>/N.jpg` with no parts."""
-
-    def draw(root: Path, *, parts: tuple[tuple[str, int], ...] = (("train", 20), ("test", 10))) -> Path:
-        for offset, (part, count) in enumerate(parts):
-            for label, name in enumerate(CLASSES):
-                folder = root / part / name
-                folder.mkdir(parents=True)
-                for number in range(count):
-                    (folder / f"{number:03d}.jpg").write_bytes(jpeg(stripes(label, 1000 * offset + number)))
-        return root
-
-    return draw
+    """The function that draws a tree of images."""
+    return draw_images
 
 
 @pytest.fixture(scope="session")

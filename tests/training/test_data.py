@@ -1,6 +1,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.training.conftest import CLASSES
 from training import data
 from training.data import load_split, read_listing
 from training.errors import DataError
-from training.listing import Origin, choose_part, kept_from_training
+from training.listing import Listing, Origin, Picture, choose_part, kept_from_training, labels_of, validation_of
 
 PIXELS = PixelRecipe(height=32, width=32, resize_short_side=32)
 DrawTree = Callable[..., Path]
@@ -232,3 +233,31 @@ def test_decoding_takes_the_processors_that_it_may_use(tree: Path, tmp_path: Pat
     monkeypatch.setattr(data, "usable_cpus", lambda: asked.append(1) or 1)
     load_split(read_listing(tree).part("test"), PIXELS, tmp_path)
     assert asked
+
+
+def listing_of(*counts: int) -> Listing:
+    """A listing with so many train pictures of each class, and one test picture."""
+    pixels = np.zeros((1, 1, 3), np.uint8)
+    train = [Picture(f"{label}/{n}", label, "", pixels) for label, count in enumerate(counts) for n in range(count)]
+    return Listing(tuple("abcdefg"[: len(counts)]), tuple(train), test=(Picture("t", 0, "", pixels),))
+
+
+def test_a_validation_part_is_cut_from_train_class_by_class_and_the_same_every_time():
+    listing = listing_of(40, 10, 3, 1)
+    rest, held_out = listing.hold_out(0.2, seed=5)
+    assert np.bincount(labels_of(held_out), minlength=4).tolist() == [8, 2, 1, 0]
+    assert sorted(p.name for p in (*rest.train, *held_out)) == sorted(p.name for p in listing.train)
+    assert rest.test == listing.test
+    assert listing.hold_out(0.2, seed=5) == (rest, held_out)
+    assert listing.hold_out(0.2, seed=6)[1] != held_out
+    assert listing.hold_out(0, seed=5) == (listing, ())
+    assert np.bincount(labels_of(listing.hold_out(0.99, seed=5)[0].train)).tolist() == [1, 1, 1, 1]
+
+
+def test_what_was_held_out_is_told_from_the_data_of_the_training_alone():
+    listing = listing_of(20, 20)
+    origin = Origin("data", listing.digest, validation_fraction=0.25, seed=3)
+    assert validation_of(listing, Path("data"), origin) == listing.hold_out(0.25, 3)[1]
+    assert validation_of(listing, Path("data"), replace(origin, validation_fraction=0.0)) == ()
+    with pytest.raises(DataError, match="data does not hold the very images that the model was trained on"):
+        validation_of(listing_of(20, 21), Path("data"), origin)

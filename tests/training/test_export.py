@@ -15,12 +15,16 @@ from app.errors import BundleError
 from app.golden import prove
 from app.images import decode
 from app.manifest import Bundle, Manifest, PixelRecipe, read_bundle, verify_files
+from app.trust import Calibration
 from tests.training.photos import SECRET, private_photo
 from training import cli, data, export
+from training.calibration import softmax
 from training.classifiers import Classifier, onnx_run, open_classifier
 from training.data import Split, load_split, read_listing
 from training.errors import ExportError
 from training.export import spread
+from training.graphs import OPSET
+from training.head import plain
 from training.names import check_name, next_version
 from training.runs import read_checkpoint, write_checkpoint
 
@@ -76,22 +80,27 @@ def test_a_bundle_knows_which_images_were_kept_from_training(bundle: Bundle):
 def test_the_graph_is_self_contained_and_names_no_place(work: Path, bundle: Bundle):
     model = onnx.load(bundle.model_path, load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
-    assert [entry.version for entry in model.opset_import] == [export.OPSET]
+    assert [entry.version for entry in model.opset_import] == [OPSET]
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
     assert not model.metadata_props
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
     content = bundle.model_path.read_bytes()
     assert str(Path(export.__file__).parent.parent).encode() not in content
     assert b".py" not in content
-    image, probabilities = model.graph.input[0], model.graph.output[0]
-    assert (image.name, probabilities.name) == ("image", "probabilities")
+    image, (probabilities, energy) = model.graph.input[0], model.graph.output
+    assert (image.name, probabilities.name, energy.name) == ("image", "probabilities", "energy")
     assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert [d.dim_value or d.dim_param for d in image.type.tensor_type.shape.dim] == ["n", 32, 32, 3]
 
 
+def calibration_of(bundle: Bundle) -> Calibration:
+    assert bundle.manifest.calibration is not None
+    return bundle.manifest.calibration
+
+
 def test_every_batch_size_gives_what_pytorch_gives(work: Path, bundle: Bundle, test_split: Split):
     run, images = onnx_run(bundle.model_path), np.asarray(test_split.images)
-    expected = as_torch(work).run(images)
+    expected = softmax(np.log(as_torch(work).run(images)), calibration_of(bundle).temperature)
     np.testing.assert_allclose(expected.sum(axis=1), 1, atol=1e-5)
     for batch in (1, 3, len(images)):
         found = np.concatenate([run(images[at : at + batch]) for at in range(0, len(images), batch)])
@@ -142,7 +151,7 @@ def test_a_graph_that_differs_is_refused_and_nothing_is_left(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     def write_the_real_graph_with_one_weight_off(_: object, __: object, path: Path) -> None:
-        model = onnx.load(work / "models" / "insects" / "1" / "model.onnx")
+        model = plain(onnx.load(work / "models" / "insects" / "1" / "model.onnx"))
         bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [3])
         values = onnx.numpy_helper.to_array(bias) + np.array([0.1, 0, 0], np.float32)
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
@@ -164,9 +173,8 @@ def test_a_bundle_that_does_not_prove_itself_is_not_put_in_place(
         raise BundleError(f"{bundle.directory.name} is not proven.")
 
     monkeypatch.setattr(export, "prove", refuse)
-    monkeypatch.setattr(
-        export, "write_graph", lambda *_: shutil.copyfile(work / "models" / "insects" / "1" / "model.onnx", _[2])
-    )
+    graph = plain(onnx.load(work / "models" / "insects" / "1" / "model.onnx"))
+    monkeypatch.setattr(export, "write_graph", lambda *arguments: onnx.save(graph, arguments[2]))
     arguments = [f"--models-dir={tmp_path / 'models'}", f"--cache-dir={work / 'cache'}"]
     assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 2
     assert not list((tmp_path / "models").iterdir())
@@ -305,7 +313,9 @@ def test_published_weights_become_a_bundle(
     network.load_state_dict(torch.load(small_weights(4), weights_only=True))
     logits = network.eval()((torch.tensor(image).permute(2, 0, 1)[None].float() - 127) / 128)
     found = onnx_run(tmp_path / "models" / "zoo" / "1" / "model.onnx")(image[None])
-    np.testing.assert_allclose(found, logits.softmax(dim=1).detach().numpy(), atol=1e-5)
+    assert manifest.calibration is not None
+    expected = softmax(logits.detach().numpy(), manifest.calibration.temperature)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def build_small(classes: int) -> torch.nn.Module:

@@ -62,13 +62,15 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_run_directory_holds_recipe_history_checkpoint_and_pictures(finished: Path):
     run = finished / "runs" / "insects"
-    assert sorted(entry.name for entry in run.iterdir()) == [
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+    assert sorted(entry.name for entry in run.iterdir() if "tfevents" not in entry.name) == [
         "checkpoint.pt",
         "confusion.png",
         "curves.png",
         "history.csv",
         "mistakes.png",
         "recipe.json",
+        "report.html",
     ]
     assert json.loads((run / "recipe.json").read_text())["epochs"] == EPOCHS
     with (run / "history.csv").open() as file:
@@ -207,7 +209,7 @@ def test_cuda_is_not_silently_replaced(tree: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"network": "alexnet"}, "--network: there is no 'alexnet'"),
+        ({"network": "lenet"}, "--network: there is no 'lenet'"),
         ({"size": 9}, "--size: article_cnn needs at least 10 pixels a side, not 9."),
         ({"seed": 2**63}, "--seed: input should be less than"),
         ({"network": "efficientnet_lite0", "batch-size": 1}, "--batch-size 1: efficientnet_lite0 normalises over each"),
@@ -309,6 +311,22 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(
     monkeypatch.setattr(data, "_decode_all", None)
     assert cli.main(flags(tree, tmp_path, **{folder: tmp_path / "file" / "below"})) == 2
     assert f"cannot be written (Not a directory): name another folder by --{folder}." in sentence(capsys)
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(one_epoch: Path, tree: Path):
+    # No file may grow beyond 300 kB: writing the checkpoint of 2 MB fails half way, as on a full disk.
+    run = one_epoch / "runs" / "insects"
+    before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+    code = (
+        f"{limit}import sys; from training.cli import main; sys.exit(main({[*flags(tree, one_epoch), '--resume']!r}))"
+    )
+    stopped = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == 2
+    assert stopped.stderr.count("\n") == 1, stopped.stderr
+    assert "cannot be" in stopped.stderr and "File too large" in stopped.stderr
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not [entry for entry in run.iterdir() if entry.name not in before]
 
 
 @pytest.mark.parametrize("name", ["../escaped", "Pets", "", "a/b"])

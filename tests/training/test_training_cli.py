@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from app.golden import prove
-from app.manifest import read_bundle
+from app.manifest import DATA_CARD_FILE, read_bundle
 from training import cli
+from training.cards import compare, read_card
 from training.classifiers import onnx_run
+from training.data import read_listing
 from training.names import check_name, name_of
 from training.recipes import Recipe, flag
 
@@ -46,7 +48,9 @@ def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
     figures = json.loads(evaluated.stdout)
     assert figures["images"] == 12
     assert figures["accuracy"] > 0.6
-    assert sorted(entry.name for entry in (tmp_path / "pictures").iterdir()) == ["confusion.png", "mistakes.png"]
+    written = sorted(entry.name for entry in (tmp_path / "pictures").iterdir())
+    assert written == ["confusion.png", "mistakes.png", "report.html"]
+    assert f"{figures['accuracy']:.2%}" in (tmp_path / "runs/insects/report.html").read_text()
 
     exported = convoy_train(tmp_path, "export", "runs/insects")
     assert exported.returncode == 0, exported.stderr
@@ -54,6 +58,9 @@ def test_three_commands_lead_from_a_folder_of_images_to_a_bundle(
     bundle = read_bundle(tmp_path / "models" / "insects" / "1")
     prove(bundle, onnx_run(bundle.model_path))
     assert bundle.manifest.provenance.command == "convoy-train export runs/insects"
+    card = read_card(bundle.directory / DATA_CARD_FILE)
+    assert (card.division.by, card.parts["train"].images, card.parts["test"].images) == ("draw", 48, 12)
+    assert compare(card, read_listing(tmp_path / "data/insects"), tmp_path).is_exact
 
     # The bundle answers as the run did; in this process, to spare the start of two more.
     monkeypatch.chdir(tmp_path)
@@ -89,7 +96,7 @@ def test_every_knob_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]):
     [
         (["train", "--data", "nowhere"], "nowhere does not exist: give --data a folder of class folders"),
         (["train", "--data", "nowhere", "--epochs", "none"], "--epochs: input should be a valid integer"),
-        (["train", "--data", "{tree}", "--network", "alexnet"], "--network: there is no 'alexnet'; there are"),
+        (["train", "--data", "{tree}", "--network", "lenet"], "--network: there is no 'lenet'; there are"),
         (["evaluate", "nowhere", "--data", "{tree}"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["predict", "nowhere", "a.jpg"], "nowhere is neither a run (with checkpoint.pt) nor a bundle"),
         (["export", "nowhere"], "nowhere/checkpoint.pt does not exist: no epoch of this run was finished."),

@@ -1,6 +1,7 @@
 """What every sub-command that writes a bundle shares: where it goes, its golden photos, what is told of it."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,17 +10,20 @@ from training.names import check_name, check_version, next_version
 from training.progress import say
 
 if TYPE_CHECKING:
+    from app.manifest import Manifest, PixelRecipe
+    from training.cards import DataCard
     from training.data import Split
-    from training.export import Offer
-    from training.listing import Picture
+    from training.export import Exported, Offer
+    from training.listing import Listing, Picture
     from training.servable import Servable
+    from training.trust import Strangers
+
+MOST_STRANGERS = 1000
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the bundle goes and what is told of it."""
-    parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
-    parser.add_argument("--version", help="a whole number; default: the next free one")
-    parser.add_argument("--force", action="store_true", help="replace the version if it exists")
+    """Add the flags that say where the bundle goes, what is told of it, and what its probabilities are measured by."""
+    add_place(parser)
     parser.add_argument(
         "--golden-from",
         type=Path,
@@ -27,6 +31,79 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
         help="photos to make the golden set from, where the test images may not be passed on; default: test images",
     )
     parser.add_argument("--description", help="what the model is, for the manifest")
+    add_evidence(parser)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the bundle goes."""
+    parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
+    parser.add_argument("--version", help="a whole number; default: the next free one")
+    parser.add_argument("--force", action="store_true", help="replace the version if it exists")
+
+
+def add_evidence(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what the probabilities are fitted and measured with."""
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the graph gets the temperature that makes its probabilities honest (yes)",
+    )
+    parser.add_argument(
+        "--unfamiliar",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="images of none of the classes, to measure how well they are told apart; may be given several times",
+    )
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that only the data card needs."""
+    parser.add_argument("--data-name", help="what people call the data, for the data card; default: its folder's name")
+    parser.add_argument("--data-source", help="where the data comes from, for the data card")
+    parser.add_argument(
+        "--data-licence", default="not stated", help="terms of the data's use, for the data card (%(default)s)"
+    )
+
+
+def card_of(
+    options: argparse.Namespace,
+    listing: "Listing",
+    pixels: "PixelRecipe",
+    data: Path,
+    drawn: tuple[float, int] | None = None,
+    *,
+    source: str | None = None,
+    is_trained_on: bool = True,
+    unknown: Sequence[str] = (),
+) -> "DataCard":
+    """Describe the data for the bundle's card: all of it is read once, for its digests.
+
+    Args:
+        options: with the flags of `add_card`.
+        listing: divided as for training.
+        pixels: how its images are brought to size.
+        data: its path.
+        drawn: test fraction and seed, where the test part was drawn.
+        source: where the data comes from, if --data-source does not say it.
+        is_trained_on: False where the model was only measured on it.
+        unknown: what is not known, a sentence each.
+    """
+    from training.cards import UNKNOWN, describe
+
+    return describe(
+        listing,
+        pixels,
+        name=options.data_name or data.resolve().name,
+        source=options.data_source or source or UNKNOWN,
+        licence=options.data_licence,
+        drawn=drawn,
+        is_trained_on=is_trained_on,
+        unknown=unknown,
+        command=options.command_line,
+    )
 
 
 def version_of(options: argparse.Namespace, name: str) -> str:
@@ -49,21 +126,65 @@ def golden_photos(options: argparse.Namespace) -> "tuple[Picture, ...]":
     return () if options.golden_from is None else read_photos(options.golden_from)
 
 
+def strangers(options: argparse.Namespace, pixels: "PixelRecipe") -> "tuple[Strangers, ...]":
+    """Return the images of `--unfamiliar`, up to 1,000 of each folder, at even distances."""
+    from training.data import load_split
+    from training.trees import read_photos_below
+    from training.trust import Strangers
+
+    found = []
+    for folder in options.unfamiliar:
+        pictures = read_photos_below(folder)
+        some = pictures[:: -(-len(pictures) // MOST_STRANGERS)]
+        found.append(Strangers(str(folder), load_split(some, pixels, options.cache_dir).images))
+    return tuple(found)
+
+
+def describe_trust(manifest: "Manifest") -> None:
+    """Say how honest a bundle's probabilities are."""
+    calibration, conformal, ood = manifest.calibration, manifest.conformal, manifest.ood
+    assert calibration is not None and conformal is not None and ood is not None, "every new bundle has them"
+    say(
+        f"Temperature {calibration.temperature:g}: calibration error "
+        f"{calibration.before.calibration_error:.2%} before, "
+        f"{calibration.after.calibration_error:.2%} after ({calibration.after.chance_error:.2%} would be chance), "
+        f"on {calibration.measured_images:,} images. {calibration.note}".rstrip()
+    )
+    sets = ", ".join(f"{entry.coverage:.0%}: {entry.mean_size:.4g}" for entry in conformal.sets)
+    say(f"Labels in a set that holds the true one, by promise: {sets}.")
+    for stranger in ood.unfamiliar:
+        say(
+            f"Told from {stranger.data} by energy with AUROC {stranger.auroc:.3f}, "
+            f"by probability with {stranger.auroc_of_probability:.3f}."
+        )
+
+
 def write(
     servable: "Servable",
     offer: "Offer",
     split: "Split",
     golden_from: "tuple[Picture, ...]",
     options: argparse.Namespace,
+    held_out: "Split | None" = None,
 ) -> None:
     """Export, and say what was measured."""
-    from training.export import GOLDEN_TOLERANCE, export
+    from training.export import export
+    from training.trust import Evidence
 
     target = options.models_dir / offer.name / offer.version
-    exported = export(servable, offer, split, target, golden_from)
+    evidence = Evidence(held_out, strangers=strangers(options, offer.pixels), calibrate=options.calibrate)
+    tell(export(servable, offer, split, target, golden_from, evidence), offer, "ONNX Runtime and PyTorch")
+
+
+def tell(exported: "Exported", offer: "Offer", compared: str) -> None:
+    """Say what export measured, and of which two ways to compute the difference is."""
+    from training.export import GOLDEN_TOLERANCE
+
+    target = exported.bundle.directory
     size_mb = exported.bundle.manifest.model.size_bytes / 1e6
     say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
-    say(f"ONNX Runtime and PyTorch differ by at most {exported.difference:.1e} in a probability.")
+    say(f"{compared} differ by at most {exported.difference:.1e} in a probability.")
+    describe_trust(exported.bundle.manifest)
     unnoticed = [wrong for wrong, change in exported.detects.items() if change <= GOLDEN_TOLERANCE]
     if unnoticed:
         say(f"Note: this network hardly reacts to {', '.join(unnoticed)}, so its golden images would not notice.")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from training.commands.bundles import add_bundle, golden_photos, version_of, write
+from training.commands.bundles import add_bundle, add_card, card_of, golden_photos, version_of, write
 from training.commands.flags import DATA_HELP, add_cache, data_of
 from training.progress import say
 
@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--name", help="name of the model; default: the run's")
     parser.add_argument("--source", help="where the data comes from, for the manifest")
     parser.add_argument("--licence", default="not stated", help="terms of use, for the manifest (%(default)s)")
+    add_card(parser)
     add_bundle(parser)
     add_cache(parser)
 
@@ -28,7 +29,7 @@ def _run(options: argparse.Namespace) -> None:
     from training.classifiers import origin_of, servable_of
     from training.data import load_split, read_listing
     from training.export import Offer
-    from training.listing import choose_part, kept_from_training
+    from training.listing import choose_part, kept_from_training, validation_of
     from training.runs import read_checkpoint
 
     checkpoint = read_checkpoint(options.model)
@@ -38,14 +39,18 @@ def _run(options: argparse.Namespace) -> None:
     recipe, origin = checkpoint.recipe, origin_of(checkpoint)
     data = data_of(options.model, options.data)
     listing = read_listing(data).relabelled(checkpoint.classes)
-    kept_from_training(listing, data, origin)
+    divided = kept_from_training(listing, data, origin)
     _, pictures, words = choose_part(listing, data, origin, "test")
     split = load_split(pictures, recipe.pixels, options.cache_dir)
+    held_out = validation_of(listing, data, origin)
+    held_out_split = load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None
     finished = len(checkpoint.history)
     is_finished = finished == recipe.epochs
     weights = "those after the last epoch" if is_finished else f"those after epoch {finished} of {recipe.epochs}"
     if not is_finished:
         say(f"Note: the run is not finished; the weights are {weights}.")
+    drawn = (origin.test_fraction, origin.seed) if listing.test is None else None
+    card = card_of(options, divided, recipe.pixels, data, drawn, source=options.source)
     offer = Offer(
         name=name,
         version=version,
@@ -56,6 +61,7 @@ def _run(options: argparse.Namespace) -> None:
             "recipe": recipe.model_dump(mode="json"),
             "history": [asdict(epoch) for epoch in checkpoint.history],
             "weights": weights,
+            **({"begun_from": checkpoint.begun_from} if checkpoint.begun_from else {}),
             "seconds": round(sum(epoch.seconds for epoch in checkpoint.history), 1),
             "hardware": checkpoint.hardware,
             "data": checkpoint.data,
@@ -66,5 +72,6 @@ def _run(options: argparse.Namespace) -> None:
         source=options.source or f"Trained on {checkpoint.data} by convoy-train.",
         licence=options.licence,
         command=options.command_line,
+        data_card=card.encoded(),
     )
-    write(servable_of(checkpoint), offer, split, golden_from, options)
+    write(servable_of(checkpoint), offer, split, golden_from, options, held_out_split)

@@ -5,9 +5,11 @@ Owns the words of `--data`, `--device`, `--cache-dir` and of a recipe's knobs. K
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from training.claims import named_recipe
 from training.errors import RunError
 from training.recipes import Recipe, flag, make_recipe
 
@@ -66,11 +68,22 @@ def count(text: str) -> int:
     return number
 
 
-def recipe_of(options: argparse.Namespace, checkpoint: "Checkpoint | None") -> Recipe:
-    """Return the recipe of the flags that were given, upon the run's own where one is resumed."""
-    given = {knob: getattr(options, knob) for knob in Recipe.model_fields if hasattr(options, knob)}
-    stored = {} if checkpoint is None else checkpoint.recipe.model_dump()
-    return make_recipe(**(stored | given))
+def recipe_of(
+    options: argparse.Namespace, checkpoint: "Checkpoint | None", defaults: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Return the recipe of the flags that were given, upon a named one, upon the run's own where one is resumed.
+
+    `defaults` are what a run that is not resumed stands on instead, such as those of the weights it begins from.
+    """
+    stored = dict(defaults or {}) if checkpoint is None else checkpoint.recipe.model_dump()
+    name = getattr(options, "recipe", None)
+    named = {} if name is None else named_recipe(name).model_dump()
+    return make_recipe(**(stored | named | knobs_given(options)))
+
+
+def knobs_given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the knobs whose flags were given, as text."""
+    return {knob: getattr(options, knob) for knob in Recipe.model_fields if hasattr(options, knob)}
 
 
 def data_of(model: Path, given: Path | None) -> Path:

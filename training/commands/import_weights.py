@@ -4,21 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from training.commands.bundles import add_bundle, golden_photos, version_of, write
+from training.commands.bundles import add_bundle, add_card, card_of, golden_photos, version_of, write
 from training.commands.flags import add_cache, add_knobs, recipe_of
+from training.recipes import PIXEL_KNOBS
 
-IMPORT_KNOBS = (
-    "network",
-    "size",
-    "resize_short_side",
-    "interpolation",
-    "exif",
-    "min_decode_ratio",
-    "rescale",
-    "mean",
-    "std",
-)
-"""Knobs that say how published weights want their pixels; how they were trained is history."""
+UNKNOWN_TRAINING = "What the published weights were trained on is not described: no counts, splits or digests of it."
 
 
 def add(commands: Any) -> None:
@@ -35,9 +25,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--name", required=True, help="name of the model")
     parser.add_argument("--source", required=True, help="where the weights come from, for the manifest")
     parser.add_argument("--licence", required=True, help="terms of use, for the manifest")
+    add_card(parser)
     add_bundle(parser)
     add_cache(parser)
-    add_knobs(parser.add_argument_group("recipe", "As the weights were trained."), IMPORT_KNOBS)
+    add_knobs(parser.add_argument_group("recipe", "As the weights were trained."), PIXEL_KNOBS)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -53,7 +44,8 @@ def _run(options: argparse.Namespace) -> None:
     network = read_network(options.weights, recipe, classes=len(labels))
     listing = read_listing(options.data).relabelled(labels)
     split = load_split(listing.part("all"), recipe.pixels, options.cache_dir)
-    preprocessing = recipe.model_dump(mode="json", include=set(IMPORT_KNOBS))
+    preprocessing = recipe.model_dump(mode="json", include=set(PIXEL_KNOBS))
+    card = card_of(options, listing, recipe.pixels, options.data, is_trained_on=False, unknown=(UNKNOWN_TRAINING,))
     offer = Offer(
         name=options.name,
         version=version,
@@ -65,5 +57,6 @@ def _run(options: argparse.Namespace) -> None:
         source=options.source,
         licence=options.licence,
         command=options.command_line,
+        data_card=card.encoded(),
     )
     write(Servable(network, recipe), offer, split, golden_from, options)

@@ -1,21 +1,29 @@
 """`train`: data and a recipe in, a run out."""
 
 import argparse
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.commands.flags import DATA_HELP, add_cache, add_device, add_knobs, recipe_of
+from training.claims import CLAIMED
+from training.commands.flags import DATA_HELP, add_cache, add_device, add_knobs, knobs_given, recipe_of
+from training.errors import RecipeError
 from training.names import check_name, name_of
-from training.progress import say
-from training.recipes import Recipe
+from training.progress import duration, say
+from training.recipes import Recipe, flag
 
 if TYPE_CHECKING:
     import torch
 
+    from training.backbones import Beginning
     from training.data import Split
     from training.ranks import Ranks
     from training.runs import Checkpoint, Epoch
+
+
+FINE_TUNING: dict[str, Any] = {"frozen_epochs": 3, "backbone_rate": 0.1, "keep_statistics": True}
+"""The defaults of a training that begins from weights."""
 
 
 def add(commands: Any) -> None:
@@ -25,9 +33,21 @@ def add(commands: Any) -> None:
     parser.add_argument("--data", type=Path, required=True, help=DATA_HELP)
     parser.add_argument("--name", help="name of the run, and of models made of it; default: the data's")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (%(default)s)")
+    parser.add_argument(
+        "--from",
+        dest="begun_from",
+        type=Path,
+        metavar="MODEL",
+        help="run, bundle or file of weights to begin from: all but its last layer, and its pixels and scaling; "
+        f"then {', '.join(f'{flag(knob)} {value}' for knob, value in FINE_TUNING.items() if value is not True)} "
+        "and --keep-statistics are the defaults",
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run after its last finished epoch")
     again.add_argument("--force", action="store_true", help="discard the run that is there, and start anew")
+    parser.add_argument(
+        "--recipe", choices=sorted(CLAIMED), help="begin from a recipe with a claim; other flags win over it"
+    )
     add_device(parser)
     add_cache(parser)
     add_knobs(parser.add_argument_group("recipe", "The defaults are the article's."), tuple(Recipe.model_fields))
@@ -47,17 +67,21 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _train_into(directory: Path, options: argparse.Namespace, device: "torch.device", ranks: "Ranks") -> None:
+    from training.backbones import begun
     from training.data import load_split, read_listing
     from training.devices import describe
+    from training.events import Events
     from training.runs import match_run
     from training.train import Start, check_network, train
 
     checkpoint = ranks.share(_begun(directory, options, ranks) if ranks.first else None)
-    recipe = recipe_of(options, checkpoint)
+    beginning = None if checkpoint is not None else _beginning(options)
+    recipe = recipe_of(options, checkpoint, FINE_TUNING | dict(beginning.knobs) if beginning else None)
     listing = read_listing(options.data).split(recipe.test_fraction, recipe.seed)
     if checkpoint is not None:
         match_run(directory, checkpoint, recipe, listing)
     check_network(recipe, len(listing.classes))
+    weights = None if beginning is None else begun(beginning, recipe, len(listing.classes))
     rest, held_out = listing.hold_out(recipe.validation_fraction, recipe.seed)
     with ranks.leader_first():
         train_split = load_split(rest.part("train"), recipe.pixels, options.cache_dir)
@@ -71,22 +95,30 @@ def _train_into(directory: Path, options: argparse.Namespace, device: "torch.dev
         command=options.command_line,
         hardware=describe(device, ranks.size),
         checkpoint=checkpoint,
+        weights=weights,
+        begun_from=checkpoint.begun_from if checkpoint else beginning.told if beginning else "",
     )
     tell = say if ranks.first else _silent
     tell(
         f"Training {recipe.network} on {len(train_split.labels):,} images of {len(listing.classes)} classes, "
         f"testing on {len(test_split.labels):,}, into {directory} ({start.hardware})."
     )
-    finished = 0 if checkpoint is None else len(checkpoint.history)
+    if start.begun_from:
+        tell(f"It began from the {start.begun_from}.")
+    finished = begun_after = 0 if checkpoint is None else len(checkpoint.history)
+    events, begun_at = Events(directory, () if checkpoint is None else checkpoint.history), time.monotonic()
     try:
         for epoch in train(directory, start, train_split, test_split, device, validation_split, ranks):
             finished = epoch.epoch
-            tell(_line(epoch, recipe))
+            left = (time.monotonic() - begun_at) / (finished - begun_after) * (recipe.epochs - finished)
+            tell(f"{_line(epoch, recipe)}{f', {duration(left)} left' if left else ''}")
+            if ranks.first:
+                events.append(epoch)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(directory, finished, recipe.epochs, options.command_line)) from None
     if ranks.first:
-        _draw_run(directory, test_split, device)
-        say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and pictures of the run.")
+        _draw_run(directory, test_split, device, options.command_line)
+        say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and a report of the run.")
 
 
 def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Checkpoint | None":
@@ -98,6 +130,14 @@ def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Che
         if checkpoint.command == options.command_line:
             return checkpoint
     return open_run(directory, resume=options.resume, force=options.force)
+
+
+def _beginning(options: argparse.Namespace) -> "Beginning | None":
+    from training.backbones import read_beginning
+
+    if options.begun_from is not None and options.recipe is not None:
+        raise RecipeError("--recipe: with --from the network and its pixels are those of the weights; leave it out.")
+    return None if options.begun_from is None else read_beginning(options.begun_from, knobs_given(options))
 
 
 def _silent(text: str) -> None:
@@ -127,14 +167,20 @@ def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: st
     return f"interrupted; {directory}/checkpoint.pt holds epoch {finished} of {epochs}: continue with `{again}`."
 
 
-def _draw_run(directory: Path, split: "Split", device: "torch.device") -> None:
+def _draw_run(directory: Path, split: "Split", device: "torch.device", command: str) -> None:
     from training.classifiers import open_classifier
     from training.evaluate import measure_figures
     from training.pictures import draw_confusion, draw_curves, draw_mistakes
+    from training.report.page import write_report
+    from training.report.sources import told_of
     from training.runs import read_checkpoint
 
     classifier = open_classifier(directory, device)
     probabilities = classifier.probabilities(split)
-    draw_curves(read_checkpoint(directory).history, directory)
+    checkpoint = read_checkpoint(directory)
+    words = f"its {len(split.labels):,} test images"
+    draw_curves(checkpoint.history, directory)
     draw_confusion(measure_figures(probabilities, split.labels, classifier.labels), directory)
     draw_mistakes(split, probabilities, classifier.labels, directory)
+    told = told_of(directory, data=Path(checkpoint.data), measured=words, command=command)
+    write_report(directory, told, split, probabilities, classifier.labels)

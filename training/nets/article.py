@@ -5,7 +5,7 @@ from torch import nn
 from training.errors import RecipeError
 
 
-def article_cnn(*, classes: int, size: int, dropout: float) -> nn.Module:
+def article_cnn(*, classes: int, size: int, dropout: float) -> nn.Sequential:
     """Two convolutions and two dense layers: 167,562 parameters for 32×32 images and 10 classes.
 
     Convolutions have no padding, as is Keras' default: 32 → 30 → 15 → 13 → 6 pixels a side.
