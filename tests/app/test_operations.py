@@ -260,8 +260,12 @@ def test_unload_and_load_of_the_default_model(models, workers):
             refusal = server.client.post(path, content=RED)
             assert (refusal.status_code, refusal.json()["code"]) == (503, "unloaded")
         assert server.client.post("/models/other/predict", content=RED).status_code == 200
-        ready = server.client.get("/readyz")
-        assert (ready.status_code, ready.json()["reason"]) == (503, "The default model 'colours' is unloaded.")
+
+        def unready() -> bool:
+            ready = server.client.get("/readyz")  # each worker tells its own state, a heartbeat apart
+            return (ready.status_code, ready.json().get("reason")) == (503, "The default model 'colours' is unloaded.")
+
+        wait_for(unready)
         wait_for(lambda: states(server) == {"1": "unloaded"})
         assert not [key for key in server.metrics() if key.startswith("convoy_model_info") and "colours" in key]
         assert ask(server, "/models/colours/load")["state"] == "ready"
