@@ -22,7 +22,7 @@ from training.classifiers import onnx_run, torch_run
 from training.data import Split
 from training.export import GOLDEN_TOLERANCE, compare, write_graph
 from training.golden import choose_golden
-from training.graphs import OPSET
+from training.graphs.exporter import OPSET
 from training.listing import Picture
 from training.nets import build
 from training.published import read_labels

@@ -34,7 +34,7 @@ from training import cli
 from training.calibration import softmax
 from training.classifiers import open_classifier
 from training.errors import RecipeError
-from training.head import temperature_of
+from training.graphs.ending import temperature_of
 from training.nets import NETWORKS, build
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/networks.json"

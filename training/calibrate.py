@@ -23,7 +23,7 @@ from training.data import Split
 from training.energy import energy_of
 from training.errors import ExportError
 from training.golden import detected
-from training.head import LOGITS_NAME, logits_of, with_temperature
+from training.graphs.ending import LOGITS_NAME, logits_of, with_temperature
 from training.trust import Evidence, Trust, assess
 
 BATCH = 64

@@ -24,7 +24,7 @@ from training.data import Split
 from training.errors import ExportError
 from training.evaluate import measure_figures
 from training.golden import choose_golden
-from training.graphs import make_graph
+from training.graphs.exporter import make_graph
 from training.listing import Picture
 from training.servable import Servable
 from training.trust import Evidence

@@ -18,11 +18,11 @@ from app.manifest import Bundle, read_bundle, verify_files
 from training.classifiers import onnx_run
 from training.data import Split
 from training.errors import DataError, SurgeryError
+from training.graphs.cut import FEATURES_NAME, Cut, backbone, find_cut, graft
 from training.heads import Features, Head
 from training.listing import TRAIN, Listing, Picture
 from training.progress import counting
 from training.runs import is_run
-from training.surgery import FEATURES_NAME, Cut, backbone, find_cut, graft
 
 BATCH = 32
 """Images whose features are computed at a time."""

@@ -26,7 +26,7 @@ from training.augment import alternate, blend, draw_blends, draw_moves, move
 from training.averages import Average
 from training.balance import class_weights, epoch_order
 from training.data import Split
-from training.devices import deterministic
+from training.devices import deterministic, keep_memory
 from training.errors import DivergedError, RecipeError
 from training.freezing import prepare
 from training.nets import build
@@ -119,6 +119,7 @@ def train(
     """
     recipe = start.recipe
     deterministic()
+    keep_memory()
     network = fresh_network(recipe, len(start.classes), train_split)
     if start.weights is not None:
         network.load_state_dict(start.weights)
@@ -170,6 +171,7 @@ def fit(
         DivergedError: the loss is no longer a number.
     """
     deterministic()
+    keep_memory()
     torch.manual_seed(recipe.seed)
     learner = Learner(network.to(device), classes, recipe, device, teacher=teacher)
     for number in range(1, recipe.epochs + 1):

@@ -17,7 +17,7 @@ from training import calibrate, cli
 from training.calibration import softmax
 from training.classifiers import onnx_run
 from training.energy import energy_of
-from training.head import LOGITS_NAME, logits_of, plain, temperature_of
+from training.graphs.ending import LOGITS_NAME, logits_of, plain, temperature_of
 
 EACH = 12
 

@@ -23,8 +23,8 @@ from training.classifiers import Classifier, onnx_run, open_classifier
 from training.data import Split, load_split, read_listing
 from training.errors import ExportError
 from training.export import spread
-from training.graphs import OPSET
-from training.head import plain
+from training.graphs.ending import plain
+from training.graphs.exporter import OPSET
 from training.names import check_name, next_version
 from training.runs import read_checkpoint, write_checkpoint
 

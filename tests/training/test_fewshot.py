@@ -17,9 +17,9 @@ from training import cli
 from training.classifiers import onnx_run
 from training.errors import SurgeryError
 from training.fewshot import draw_shots
+from training.graphs.cut import FEATURES_NAME, above, backbone, find_cut, graft
 from training.heads import ALONE_STRENGTH, HEADS, STRENGTHS, fit_cosine, fit_logistic
 from training.listing import Listing, Picture
-from training.surgery import FEATURES_NAME, above, backbone, find_cut, graft
 
 
 def clouds(shots: int, spread: float = 1.0, classes: int = 4, width: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -20,10 +20,10 @@ from training.classifiers import onnx_run, servable_of
 from training.data import decode_picture
 from training.errors import RunError
 from training.export import write_graph
+from training.graphs.cut import FEATURES_NAME, backbone, find_cut
 from training.listing import Picture
 from training.progress import counting
 from training.runs import is_run, read_checkpoint
-from training.surgery import FEATURES_NAME, backbone, find_cut
 
 BATCH = 64
 

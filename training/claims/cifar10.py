@@ -10,7 +10,7 @@ from training.recipes import make_recipe
 
 RECIPE = make_recipe(
     network="airbench94",
-    epochs=10,
+    epochs=16,
     batch_size=2000,
     optimizer="muon",
     learning_rate=0.24,
@@ -26,7 +26,8 @@ RECIPE = make_recipe(
     shear=0,
     zoom=0,
     alternate_flip=True,
-    shift=2,
+    shift=3,
+    cutout=8,
     dropout=0,
 )
 CLAIM = Claim(

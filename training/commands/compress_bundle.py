@@ -174,7 +174,7 @@ def run_fp16(options: argparse.Namespace) -> None:
     from training.classifiers import onnx_run
     from training.compress.fp16 import SPEED_NOTE, halve
     from training.compress.table import check_bound
-    from training.head import with_temperature
+    from training.graphs.ending import with_temperature
 
     task = _task(options, "fp16")
     before = task.measured_parent()

@@ -11,7 +11,7 @@ from training.calibration import softmax
 from training.classifiers import onnx_run
 from training.energy import energy_of
 from training.errors import ExportError
-from training.head import LOGITS_NAME, logits_of, plain, temperature_of, with_temperature
+from training.graphs.ending import LOGITS_NAME, logits_of, plain, temperature_of, with_temperature
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 1, 5, 3), np.uint8)
 LOGITS = (IMAGES[:, 0, :, 0] / 16).astype(np.float32)
