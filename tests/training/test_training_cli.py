@@ -14,9 +14,9 @@ import pytest
 from app.golden import prove
 from app.manifest import DATA_CARD_FILE, read_bundle
 from training import cli
-from training.cards import compare, read_card
 from training.classifiers import onnx_run
-from training.data import read_listing
+from training.data.arrays import read_listing
+from training.data.cards import compare, read_card
 from training.names import check_name, name_of
 from training.recipes import Recipe, flag
 

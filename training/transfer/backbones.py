@@ -21,8 +21,8 @@ from app.images import decode
 from app.manifest import MANIFEST_FILE, Bundle, read_bundle, verify_files
 from training.classifiers import onnx_run, servable_of
 from training.errors import RecipeError, WeightsError
-from training.freezing import last_dense
 from training.graphs.cut import FEATURES_NAME, above, find_cut
+from training.learning.freezing import last_dense
 from training.nets import build
 from training.published import read_network, read_state
 from training.recipes import PIXEL_KNOBS, Recipe, make_recipe

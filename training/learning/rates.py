@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from training.augment import alternate
-from training.data import Split
-from training.devices import deterministic
+from training.data.arrays import Split
+from training.data.augment import alternate
 from training.errors import RecipeError
+from training.learning.devices import deterministic
 from training.recipes import Recipe
 from training.train import Learner, batches, epoch_generators, fresh_network, make_batch, train_step
 
