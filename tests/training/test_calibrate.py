@@ -10,7 +10,7 @@ import pytest
 from app.errors import BundleError
 from app.golden import prove
 from app.loading import check_graph
-from app.manifest import Bundle, read_bundle, verify_files
+from app.manifest import Bundle, add_data_card, read_bundle, verify_files
 from app.sessions import ClassifierSession
 from tests.bundles import COLOURS, encode, make_bundle, noise_image
 from training import calibrate, cli
@@ -20,6 +20,7 @@ from training.energy import energy_of
 from training.head import LOGITS_NAME, logits_of, plain, temperature_of
 
 EACH = 12
+CARD = b'{"name": "colours"}'
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The colour bundle, and what `calibrate` makes of it as version 2; read only."""
     root = tmp_path_factory.mktemp("calibrate")
     make_bundle(root / "models")
+    add_data_card(version(root / "models", 1), CARD)
     random = np.random.default_rng(0)
     for label, colour in enumerate(COLOURS.values()):
         folder = root / "data" / list(COLOURS)[label]
@@ -57,6 +59,7 @@ def test_the_new_version_is_whole_and_its_golden_images_are_the_old_ones(models:
     verify_files(new)
     assert prove(new, onnx_run(new.model_path)) <= 1e-6
     assert new.golden_bytes() == old.golden_bytes()
+    assert new.data_card_bytes() == old.data_card_bytes() == CARD
     assert [image.label for image in new.manifest.golden.images] == [i.label for i in old.manifest.golden.images]
     assert plain(onnx.load(new.model_path)) == onnx.load(old.model_path)
     assert new.manifest.provenance.command.startswith("make_bundle\nconvoy-train calibrate ")
