@@ -1,6 +1,7 @@
 """A bundle recalibrated: the colour bundle of the tests, on images whose labels it half knows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,15 @@ def test_what_cannot_be_calibrated_is_told_in_a_sentence_and_nothing_is_written(
     assert run(root, "--version", "9", "--unfamiliar", str(root / "strange" / "none")) == 2
     assert "none cannot be read as a folder of images" in capsys.readouterr().err
     assert not (models / "colours" / "9").exists()
+
+
+def test_a_bundle_that_lies_elsewhere_is_not_calibrated_into_an_unnamed_place(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(models / "colours" / "1", tmp_path / "mine")
+    assert cli.main(["calibrate", str(tmp_path / "mine"), "--data", str(models.parent / "data")]) == 2
+    assert "mine is not in a folder colours/" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_graph_that_does_not_follow_the_arithmetic_is_refused(
