@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from training.atomic import replacing
+from training.data.listing import Listing
 from training.errors import RunError
-from training.listing import Listing
 from training.recipes import Recipe, flag, make_recipe
 
 FORMAT = 2

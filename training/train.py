@@ -22,20 +22,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
-from training.augment import alternate, blend, draw_blends, draw_moves, move
-from training.averages import Average
-from training.balance import class_weights, epoch_order
-from training.data import Split
-from training.devices import deterministic
+from training.data.arrays import Split
+from training.data.augment import alternate, blend, draw_blends, draw_moves, move
+from training.data.balance import class_weights, epoch_order
 from training.errors import DivergedError, RecipeError
-from training.freezing import prepare
+from training.learning.averages import Average
+from training.learning.devices import deterministic, keep_memory
+from training.learning.freezing import prepare
+from training.learning.optimizers import make_optimizer
+from training.learning.ranks import ALONE, Ranks
+from training.learning.schedules import rate_at
 from training.nets import build
-from training.optimizers import make_optimizer
 from training.progress import counting
-from training.ranks import ALONE, Ranks
 from training.recipes import Recipe
 from training.runs import Checkpoint, Epoch, best_epoch, in_vain, write_checkpoint
-from training.schedules import rate_at
 from training.servable import Normalise
 
 MEASURE_BATCH = 500
@@ -122,6 +122,7 @@ def train(
     """
     recipe = start.recipe
     deterministic()
+    keep_memory()
     network = fresh_network(recipe, len(start.classes), train_split)
     if start.weights is not None:
         network.load_state_dict(start.weights)
@@ -174,6 +175,7 @@ def fit(
         DivergedError: the loss is no longer a number.
     """
     deterministic()
+    keep_memory()
     torch.manual_seed(recipe.seed)
     learner = Learner(network.to(device), classes, recipe, device, teacher=teacher)
     for number in range(1, recipe.epochs + 1):

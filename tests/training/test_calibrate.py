@@ -14,11 +14,12 @@ from app.loading import check_graph
 from app.manifest import Bundle, add_data_card, read_bundle, verify_files
 from app.sessions import ClassifierSession
 from tests.bundles import COLOURS, encode, make_bundle, noise_image
-from training import calibrate, cli
-from training.calibration import softmax
+from training import cli
 from training.classifiers import onnx_run
-from training.energy import energy_of
-from training.head import LOGITS_NAME, logits_of, plain, temperature_of
+from training.graphs.ending import LOGITS_NAME, logits_of, plain, temperature_of
+from training.trust import calibrate
+from training.trust.calibration import softmax
+from training.trust.energy import energy_of
 
 EACH = 12
 CARD = b'{"name": "colours"}'

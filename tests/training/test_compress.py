@@ -19,13 +19,13 @@ from training.classifiers import onnx_run
 from training.compress import int8, speed
 from training.compress.distilling import asked_of
 from training.compress.fp16 import halve
-from training.compress.layers import around_network, weighted_nodes
 from training.compress.pruning import multiply_adds, prune
 from training.compress.speed import Speed
 from training.compress.table import Row, check_bound, in_words
 from training.costs import Costs
 from training.errors import CompressError
-from training.head import plain
+from training.graphs.ending import plain
+from training.graphs.parts import around_network, weighted_nodes
 from training.nets import build
 
 

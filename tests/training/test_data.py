@@ -10,11 +10,11 @@ import pytest
 from app.images import decode
 from app.manifest import PixelRecipe
 from tests.training.conftest import CLASSES
-from training import data
-from training.data import load_split, read_listing
+from training.data import arrays
+from training.data.arrays import load_split, read_listing
+from training.data.listing import Listing, Origin, Picture, choose_part, kept_from_training, labels_of, validation_of
+from training.data.trees import read_tree
 from training.errors import DataError
-from training.listing import Listing, Origin, Picture, choose_part, kept_from_training, labels_of, validation_of
-from training.trees import read_tree
 
 PIXELS = PixelRecipe(height=32, width=32, resize_short_side=32)
 DrawTree = Callable[..., Path]
@@ -57,7 +57,7 @@ def test_a_split_is_decoded_as_the_service_decodes(tree: Path, tmp_path: Path):
 def test_the_second_start_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pictures = read_listing(tree).part("test")
     first = load_split(pictures, PIXELS, tmp_path)
-    monkeypatch.setattr(data, "decode", None)
+    monkeypatch.setattr(arrays, "decode", None)
     np.testing.assert_array_equal(load_split(pictures, PIXELS, tmp_path).images, first.images)
 
 
@@ -231,7 +231,7 @@ def test_data_of_another_origin_is_measured_whole(draw_tree: DrawTree, tmp_path:
 
 def test_decoding_takes_the_processors_that_it_may_use(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(data, "usable_cpus", lambda: asked.append(1) or 1)
+    monkeypatch.setattr(arrays, "usable_cpus", lambda: asked.append(1) or 1)
     load_split(read_listing(tree).part("test"), PIXELS, tmp_path)
     assert asked
 

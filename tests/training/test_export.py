@@ -17,17 +17,18 @@ from app.images import decode
 from app.manifest import DATA_CARD_FILE, Bundle, Manifest, PixelRecipe, read_bundle, verify_files
 from app.trust import Calibration
 from tests.training.photos import SECRET, private_photo
-from training import cli, data, export
-from training.calibration import softmax
-from training.cards import read_card
+from training import cli, export
 from training.classifiers import Classifier, onnx_run, open_classifier
-from training.data import Split, load_split, read_listing
+from training.data import arrays as data
+from training.data.arrays import Split, load_split, read_listing
+from training.data.cards import read_card
 from training.errors import ExportError
 from training.export import spread
-from training.graphs import OPSET
-from training.head import plain
+from training.graphs.ending import plain
+from training.graphs.exporter import OPSET
 from training.names import check_name, next_version
 from training.runs import read_checkpoint, write_checkpoint
+from training.trust.calibration import softmax
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import nn
 
-from training import rates, train
-from training.averages import Average
-from training.data import Split
+from training import train
+from training.data.arrays import Split
 from training.errors import RecipeError
+from training.learning import rates
+from training.learning.averages import Average
+from training.learning.optimizers import Muon, make_optimizer, orthogonal
+from training.learning.ranks import Ranks
+from training.learning.rates import Try, best_rate, try_rates
+from training.learning.schedules import rate_at
 from training.nets import build
 from training.nets.airbench import WHITENED, Airbench
-from training.optimizers import Muon, make_optimizer, orthogonal
-from training.ranks import Ranks
-from training.rates import Try, best_rate, try_rates
 from training.recipes import Recipe, make_recipe
 from training.runs import Epoch, best_epoch, in_vain
-from training.schedules import rate_at
 from training.views import several_views
 
 CPU = torch.device("cpu")

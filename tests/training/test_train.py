@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import cli, commands, data, runs, train
+from training import cli, commands, runs, train
+from training.data import arrays as data
 from training.errors import RecipeError
 from training.recipes import make_recipe
 from training.runs import read_checkpoint

@@ -15,10 +15,10 @@ import pytest
 from app.golden import prove
 from app.manifest import DATA_CARD_FILE, read_bundle
 from training import classifiers, cli
-from training.cards import compare, read_card
 from training.classifiers import onnx_run
 from training.commands.flags import recipe_of
-from training.data import read_listing
+from training.data.arrays import read_listing
+from training.data.cards import compare, read_card
 from training.errors import RecipeError
 from training.names import check_name, name_of
 from training.recipes import Recipe, flag

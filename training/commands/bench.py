@@ -16,8 +16,8 @@ from training.recipes import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from training.data import Split
-    from training.listing import Listing
+    from training.data.arrays import Split
+    from training.data.listing import Listing
 
 
 def add(commands: Any) -> None:
@@ -44,8 +44,8 @@ def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from training.atomic import can_be_written
-    from training.data import load_split, read_listing
-    from training.devices import choose_device, describe
+    from training.data.arrays import load_split, read_listing
+    from training.learning.devices import choose_device, describe
 
     path = options.out or Path(f"bench-{options.recipe}.json")
     if not can_be_written(path.parent):

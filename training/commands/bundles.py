@@ -12,12 +12,12 @@ from training.progress import say
 
 if TYPE_CHECKING:
     from app.manifest import Manifest, PixelRecipe
-    from training.cards import DataCard
-    from training.data import Split
+    from training.data.arrays import Split
+    from training.data.cards import DataCard
+    from training.data.listing import Listing, Picture
     from training.export import Exported, Offer
-    from training.listing import Listing, Picture
     from training.servable import Servable
-    from training.trust import Strangers
+    from training.trust.fitted import Strangers
 
 MOST_STRANGERS = 1000
 
@@ -93,7 +93,7 @@ def card_of(
         is_trained_on: False where the model was only measured on it.
         unknown: what is not known, a sentence each.
     """
-    from training.cards import UNKNOWN, describe
+    from training.data.cards import UNKNOWN, describe
 
     return describe(
         listing,
@@ -125,16 +125,16 @@ def version_of(options: argparse.Namespace, name: str) -> str:
 
 def golden_photos(options: argparse.Namespace) -> "tuple[Picture, ...]":
     """Return the photos that the golden set is to be made from; none: those of the split."""
-    from training.trees import read_photos
+    from training.data.trees import read_photos
 
     return () if options.golden_from is None else read_photos(options.golden_from)
 
 
 def strangers(options: argparse.Namespace, pixels: "PixelRecipe") -> "tuple[Strangers, ...]":
     """Return the images of `--unfamiliar`, up to 1,000 of each folder, at even distances."""
-    from training.data import load_split
-    from training.trees import read_photos_below
-    from training.trust import Strangers
+    from training.data.arrays import load_split
+    from training.data.trees import read_photos_below
+    from training.trust.fitted import Strangers
 
     found = []
     for folder in options.unfamiliar:
@@ -173,7 +173,7 @@ def write(
 ) -> None:
     """Export, and say what was measured."""
     from training.export import export
-    from training.trust import Evidence
+    from training.trust.fitted import Evidence
 
     target = options.models_dir / offer.name / offer.version
     evidence = Evidence(held_out, strangers=strangers(options, offer.pixels), calibrate=options.calibrate)

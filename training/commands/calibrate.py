@@ -23,11 +23,11 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from app.manifest import read_bundle, verify_files
-    from training.calibrate import recalibrate
     from training.classifiers import origin_told
-    from training.data import load_split, read_listing
-    from training.listing import choose_part, validation_of
-    from training.trust import Evidence
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import choose_part, validation_of
+    from training.trust.calibrate import recalibrate
+    from training.trust.fitted import Evidence
 
     bundle = read_bundle(options.model)
     verify_files(bundle)

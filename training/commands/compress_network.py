@@ -15,8 +15,8 @@ from training.recipes import PIXEL_KNOBS, flag
 
 if TYPE_CHECKING:
     from app.manifest import Bundle, Manifest
-    from training.cards import DataCard
-    from training.data import Split
+    from training.data.arrays import Split
+    from training.data.cards import DataCard
     from training.recipes import Recipe
     from training.runs import Epoch
     from training.servable import Servable
@@ -52,10 +52,10 @@ def run_prune(options: argparse.Namespace) -> None:
     from training.classifiers import origin_of, servable_of
     from training.compress.distilling import asked_in_torch
     from training.compress.pruning import prune
-    from training.data import load_split, read_listing
-    from training.devices import choose_device, describe
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import kept_from_training
     from training.export import write_graph
-    from training.listing import kept_from_training
+    from training.learning.devices import choose_device, describe
     from training.runs import CHECKPOINT_FILE, read_checkpoint
     from training.servable import Servable
     from training.train import Teacher, fit
@@ -124,8 +124,8 @@ def run_distil(options: argparse.Namespace) -> None:
     from app.manifest import read_bundle, verify_files
     from training.classifiers import onnx_run
     from training.compress.distilling import asked_of
-    from training.data import load_split, read_listing
-    from training.devices import choose_device, describe
+    from training.data.arrays import load_split, read_listing
+    from training.learning.devices import choose_device, describe
     from training.nets import build
     from training.servable import Servable
     from training.train import SetByData, Teacher, check_network, first_look, fit

@@ -29,9 +29,9 @@ def _run(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from training.classifiers import origin_of, servable_of
-    from training.data import load_split, read_listing
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import choose_part, kept_from_training, validation_of
     from training.export import Offer
-    from training.listing import choose_part, kept_from_training, validation_of
     from training.runs import read_checkpoint
 
     checkpoint = read_checkpoint(options.model)

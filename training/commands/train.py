@@ -16,10 +16,10 @@ from training.recipes import Recipe, flag
 if TYPE_CHECKING:
     import torch
 
-    from training.backbones import Beginning
-    from training.data import Split
-    from training.ranks import Ranks
+    from training.data.arrays import Split
+    from training.learning.ranks import Ranks
     from training.runs import Checkpoint, Epoch
+    from training.transfer.backbones import Beginning
 
 
 FINE_TUNING: dict[str, Any] = {"frozen_epochs": 3, "backbone_rate": 0.1, "keep_statistics": True}
@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from training.devices import choose_device
-    from training.ranks import joined
+    from training.learning.devices import choose_device
+    from training.learning.ranks import joined
     from training.runs import locked
 
     name = name_of(options.data) if options.name is None else options.name
@@ -67,12 +67,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _train_into(directory: Path, options: argparse.Namespace, device: "torch.device", ranks: "Ranks") -> None:
-    from training.backbones import begun
-    from training.data import load_split, read_listing
-    from training.devices import describe
+    from training.data.arrays import load_split, read_listing
     from training.events import Events
+    from training.learning.devices import describe
     from training.runs import match_run
     from training.train import Start, check_network, train
+    from training.transfer.backbones import begun
 
     checkpoint = ranks.share(_begun(directory, options, ranks) if ranks.first else None)
     beginning = None if checkpoint is not None else _beginning(options)
@@ -134,7 +134,7 @@ def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Che
 
 
 def _beginning(options: argparse.Namespace) -> "Beginning | None":
-    from training.backbones import read_beginning
+    from training.transfer.backbones import read_beginning
 
     if options.begun_from is not None and options.recipe is not None:
         raise RecipeError("--recipe: with --from the network and its pixels are those of the weights; leave it out.")

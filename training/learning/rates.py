@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from training.augment import alternate
-from training.balance import class_weights, epoch_order
-from training.data import Split
-from training.devices import deterministic
+from training.data.arrays import Split
+from training.data.augment import alternate
+from training.data.balance import class_weights, epoch_order
 from training.errors import RecipeError
+from training.learning.devices import deterministic
 from training.recipes import Recipe
 from training.train import Learner, batches, epoch_generators, fresh_network, make_batch, train_step
 

@@ -6,8 +6,8 @@ Owns every rule of the layout, and names the file or folder that breaks one. Dec
 import os
 from pathlib import Path
 
+from training.data.listing import TEST, TRAIN, Listing, Picture
 from training.errors import DataError
-from training.listing import TEST, TRAIN, Listing, Picture
 from training.names import is_text
 
 NO_LABEL = -1
