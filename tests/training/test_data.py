@@ -13,6 +13,7 @@ from tests.training.conftest import CLASSES
 from training.data import arrays
 from training.data.arrays import load_split, read_listing
 from training.data.listing import Listing, Origin, Picture, choose_part, kept_from_training, labels_of, validation_of
+from training.data.trees import read_tree
 from training.errors import DataError
 
 PIXELS = PixelRecipe(height=32, width=32, resize_short_side=32)
@@ -252,6 +253,21 @@ def test_a_validation_part_is_cut_from_train_class_by_class_and_the_same_every_t
     assert listing.hold_out(0.2, seed=6)[1] != held_out
     assert listing.hold_out(0, seed=5) == (listing, ())
     assert np.bincount(labels_of(listing.hold_out(0.99, seed=5)[0].train)).tolist() == [1, 1, 1, 1]
+
+
+def test_where_nothing_can_be_held_out_nothing_is_validated_in_silence():
+    with pytest.raises(DataError, match="No class has two images to train on, so none can be held out"):
+        listing_of(1, 1).hold_out(0.2, seed=5)
+
+
+def test_a_link_to_nothing_is_a_fault_of_the_data(tmp_path: Path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").symlink_to("nowhere.jpg")
+    faults: list[DataError] = []
+    read_tree(tmp_path, faults)
+    link = tmp_path / "ant" / "1.jpg"
+    assert faults[0].message == f"{link} cannot be read (No such file or directory): mend or remove it."
 
 
 def test_what_was_held_out_is_told_from_the_data_of_the_training_alone():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.atomic import can_be_written
 from training.errors import ExportError
 from training.names import check_name, check_version, next_version
 from training.progress import say
@@ -34,9 +35,10 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     add_evidence(parser)
 
 
-def add_place(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the bundle goes."""
-    parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
+def add_place(parser: argparse.ArgumentParser, models_dir: Path | None = Path("models")) -> None:
+    """Add the flags that say where the bundle goes; without a folder by default, beside the one that is given."""
+    kept = models_dir or "where the bundle is"
+    parser.add_argument("--models-dir", type=Path, default=models_dir, help=f"where bundles are kept ({kept})")
     parser.add_argument("--version", help="a whole number; default: the next free one")
     parser.add_argument("--force", action="store_true", help="replace the version if it exists")
 
@@ -116,6 +118,8 @@ def version_of(options: argparse.Namespace, name: str) -> str:
             f"{options.models_dir / name / version} exists: leave --version out for the next free one, "
             "or replace it with --force."
         )
+    if not can_be_written(options.models_dir / name):
+        raise ExportError(f"{options.models_dir / name} cannot be written: name another folder by --models-dir.")
     return version
 
 

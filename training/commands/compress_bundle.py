@@ -184,7 +184,6 @@ def run_fp16(options: argparse.Namespace) -> None:
         after = task.measured(model)
         check_bound(before.accuracy, after.accuracy, options.max_loss)
         details = {"weights": "float16", "activations": "float16", "note": SPEED_NOTE}
-        details = {"weights": "float16", "activations": "float16", "note": SPEED_NOTE}
 
         def otherwise(_: Path, temperature: float) -> "Run":
             # How half precision rounds differs by device; the parent, which does not round so, is as far from each.

@@ -138,7 +138,10 @@ def _picture(root: Path, folder: Path, entry: os.DirEntry[str], label: int) -> P
         raise DataError(f"{path} is a folder inside a class folder: move its images up, or make it a class.")
     if not entry.name.lower().endswith(SUFFIXES):
         raise DataError(f"{path} is not a .jpg, .jpeg, .png or .webp image: remove it from the class folder.")
-    status = entry.stat()
+    try:
+        status = entry.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from error
     return Picture(path.relative_to(root).as_posix(), label, f"{status.st_size}.{status.st_mtime_ns}", path)
 
 

@@ -138,4 +138,5 @@ def recalibrate(
             golden,
             probabilities,
             check=lambda written: prove(written, onnx_run(written.model_path)),
+            data_card=bundle.data_card_bytes(),
         )
