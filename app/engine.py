@@ -113,8 +113,8 @@ class Engine(Protocol):
         """
         ...
 
-    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
-        """Do what `classify` does with one small image, without a task to wait in.
+    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp:
+        """Do what `classify` does with one image, without a task to wait in.
 
         Args:
             model: from `model()`.
@@ -123,7 +123,7 @@ class Engine(Protocol):
             tell: called once with the prediction, or what went wrong; never before this returns.
 
         Returns:
-            What gives the image up, after which nobody is told; None: it is not small, and is `classify`'s.
+            What gives the image up, after which nobody is told.
 
         Raises:
             As `classify`, of what can be told at once.
@@ -197,22 +197,23 @@ class LocalEngine:
         outputs = await self._run(model, tuple(inputs), rows, model.kind_of(inputs), ticket, stages)
         return Inference(model, outputs, stages)
 
-    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin`."""
-        if len(image) > INLINE_BYTES:
-            return None
+        recipe = model.classifier.pixels
         ticket.hold_images(1)
         ticket.stage = "decode"
         started = time.monotonic()
-        pixels = _decode_small([image], model.classifier.pixels)
-        if pixels is None:
-            return None
-        return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started))
+        pixels = _decode_small([image], recipe)
+        if pixels is not None:
+            return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started)).give_up
+        ticket.hold_pixels(count_pixels(image, self._max_image_pixels))
+        decoding = self._decoders.submit(decode, image, recipe, self._max_image_pixels)
+        return _Decoding(model, ticket, tell, decoding, started).give_up
 
     def begin_pixels(self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin_pixels`."""
         ticket.hold_images(len(pixels))
-        return _submit(model, pixels, ticket, tell, Stages())
+        return _submit(model, pixels, ticket, tell, Stages()).give_up
 
     def close(self) -> None:
         """Stop the decode pool; a decode that runs cannot be interrupted, and is not waited for."""
@@ -270,11 +271,65 @@ class LocalEngine:
         return outputs
 
 
-def _submit(model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell, stages: Stages) -> GiveUp:
+class _Decoding:
+    """An image in the decode pool, for whom no task waits; decoded, it goes on to the model by itself."""
+
+    __slots__ = ("_decoding", "_give_back", "_loop", "_model", "_started", "_tell", "_ticket", "_waiting")
+
+    def __init__(
+        self, model: LoadedModel, ticket: Ticket, tell: Tell, decoding: Future[NDArray[np.uint8]], started: float
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._model = model
+        self._ticket = ticket
+        self._tell: Tell | None = tell
+        self._decoding: Future[NDArray[np.uint8]] | None = decoding
+        self._started = started
+        self._waiting: _Waiting | None = None
+        self._give_back: Callable[[], None] | None = None
+        decoding.add_done_callback(self._cross)
+
+    def give_up(self) -> None:
+        """Wait no longer; an image whose decoding cannot be interrupted is counted until that has ended."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.give_up()
+            return
+        self._tell = None
+        if self._decoding is not None and not self._decoding.cancel():
+            self._give_back = self._ticket.lend_image()
+
+    def _cross(self, _: Future[NDArray[np.uint8]]) -> None:
+        """Go on from the pool's thread to the event loop."""
+        with suppress(RuntimeError):  # the loop is closed: the service has stopped
+            self._loop.call_soon_threadsafe(self._go_on)
+
+    def _go_on(self) -> None:
+        """Hand the pixels to the model, or tell what is wrong with the image."""
+        tell, self._tell = self._tell, None
+        decoding, self._decoding = self._decoding, None  # which holds this as whom to call, and so would stay
+        if self._give_back is not None:
+            self._give_back()
+        if tell is None or decoding is None:
+            return
+        self._ticket.give_back_pixels()
+        stages = Stages(time.monotonic() - self._started)
+        error = decoding.exception()
+        if error is None:
+            try:
+                self._waiting = _submit(self._model, decoding.result()[None], self._ticket, tell, stages)
+                return
+            except Exception as fault:  # the loop, which called, has nobody to tell
+                error = fault
+        tell(cast(Exception, error))
+        del error  # raised here, it holds this frame
+
+
+def _submit(model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell, stages: Stages) -> "_Waiting":
     ticket.stage = "queue"
     waiting = _Waiting(model, ticket, tell, stages)
     waiting.job = model.batcher.submit((pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting)
-    return waiting.give_up
+    return waiting
 
 
 class _Waiting:

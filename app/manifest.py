@@ -212,6 +212,11 @@ class Bundle:
         """Return the golden images, encoded, in manifest order."""
         return [(self.directory / image.file).read_bytes() for image in self.manifest.golden.images]
 
+    def data_card_bytes(self) -> bytes | None:
+        """Return the data card's file; None where the bundle has none."""
+        card = self.manifest.data_card
+        return None if card is None else (self.directory / card.file).read_bytes()
+
     def golden_probabilities(self) -> NDArray[np.float32]:
         """Return the expected probabilities, float32 `[images, classes]`.
 
@@ -372,13 +377,14 @@ def write_bundle(
         data_card: what the model was trained on, the bytes of `data.json`.
 
     Raises:
-        BundleError: the fields do not make a valid manifest.
+        BundleError: the fields do not make a valid manifest, or name a file that is not given.
     """
     with _scratch_beside(target) as scratch:
         fields = dict(manifest)
         if data_card is not None:
             fields["data_card"] = _write_card(scratch, data_card)
         record = _fill(scratch, fields, model, golden, probabilities)
+        verify_files(Bundle(scratch, record))
         if check is not None:
             check(Bundle(scratch, record))
         _replace_directory(scratch, target)

@@ -2,7 +2,7 @@
 
 Four records, measured once on images that the model was not trained on: calibration, label sets with a promised
 coverage, a threshold for images unlike all classes, and what the model's inputs and answers look like when all is
-well. Only records: `training/trust.py` computes them, and nothing here sees a model or an image.
+well. Only records: `training/trust/fitted.py` computes them, and nothing here sees a model or an image.
 """
 
 from typing import Literal, Self

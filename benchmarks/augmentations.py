@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from app.images import decode
-from training.augment import augment, mix
+from training.data.augment import augment, mix
 from training.recipes import make_recipe
 
 ROOT = Path(__file__).parent.parent

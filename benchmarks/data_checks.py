@@ -27,8 +27,8 @@ from training.checks.findings import about_duplicates, parts_of
 from training.checks.looks import PIXELS, Survey, shrink, survey
 from training.checks.suspects import FOLDS, PENALTY, find_suspects, out_of_fold
 from training.commands.flags import DATA_HELP
-from training.data import read_listing
-from training.listing import Listing, Picture, labels_of
+from training.data.arrays import read_listing
+from training.data.listing import Listing, Picture, labels_of
 
 RESULTS = Path(__file__).parent / "results" / "data-checks.json"
 COPIED = 1000

@@ -21,16 +21,16 @@ from PIL import Image
 
 from app.cpus import machine
 from app.manifest import PixelRecipe
-from training.backbones import begun, read_beginning
 from training.commands.train import FINE_TUNING
-from training.data import Split, load_split, read_listing
-from training.devices import describe
-from training.fewshot import Backbone, open_backbone
-from training.heads import HEADS, Features
-from training.listing import Picture
+from training.data.arrays import Split, load_split, read_listing
+from training.data.listing import Picture
+from training.learning.devices import describe
 from training.nets import build
 from training.recipes import Recipe, make_recipe
 from training.train import fit, measure
+from training.transfer.backbones import begun, read_beginning
+from training.transfer.fewshot import Backbone, open_backbone
+from training.transfer.heads import HEADS, Features
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/few-shot.json"

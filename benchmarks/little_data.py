@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 from app.cpus import machine
 from training.atomic import replacing
-from training.augment import augment, mix
-from training.data import Split, load_split, read_listing
+from training.data.arrays import Split, load_split, read_listing
+from training.data.augment import augment, mix
 from training.nets import build
 from training.recipes import Recipe, make_recipe
 from training.servable import Normalise

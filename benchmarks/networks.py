@@ -19,11 +19,11 @@ from app.golden import prove
 from app.images import decode
 from app.manifest import Bundle, read_bundle, verify_files, write_bundle
 from training.classifiers import onnx_run, torch_run
-from training.data import Split
+from training.data.arrays import Split
+from training.data.listing import Picture
 from training.export import GOLDEN_TOLERANCE, compare, write_graph
 from training.golden import choose_golden
-from training.graphs import OPSET
-from training.listing import Picture
+from training.graphs.exporter import OPSET
 from training.nets import build
 from training.published import read_labels
 from training.recipes import Recipe, make_recipe

@@ -22,8 +22,8 @@ from app.manifest import Bundle, read_bundle
 from app.versions import find_models
 from benchmarks.server import serving
 from training.classifiers import open_classifier, torch_run
-from training.data import decode_picture, read_listing
-from training.listing import Picture
+from training.data.arrays import decode_picture, read_listing
+from training.data.listing import Picture
 from training.published import read_network
 from training.recipes import make_recipe
 from training.servable import Servable

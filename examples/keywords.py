@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, cross_entropy
 
 from examples.publish import OUTPUT, Answered, publish
-from training.devices import deterministic
 from training.errors import DataError
-from training.graphs import make_graph
+from training.graphs.exporter import make_graph
+from training.learning.devices import deterministic
 
 RATE = 16_000
 """Samples a second; a clip is one second."""

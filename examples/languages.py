@@ -30,9 +30,9 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from examples.publish import OUTPUT, Answered, publish
-from training.devices import deterministic
 from training.errors import DataError
-from training.graphs import make_graph
+from training.graphs.exporter import make_graph
+from training.learning.devices import deterministic
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts. Wheels are zip files, and a catalogue of messages in one is a table of (English, translation).

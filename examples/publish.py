@@ -17,7 +17,7 @@ from app import runtime
 from app.manifest import MODEL_FILE, write_tensor_manifest
 from app.tensors import Array
 from training.errors import ExportError
-from training.graphs import OPSET
+from training.graphs.exporter import OPSET
 
 OUTPUT = "probabilities"
 LARGEST_DIFFERENCE = 1e-5

@@ -31,11 +31,11 @@ from app.manifest import Bundle, read_bundle
 from app.metrics import Metrics
 from tests.training.conftest import draw_images
 from training import cli
-from training.calibration import softmax
 from training.classifiers import open_classifier
 from training.errors import RecipeError
-from training.head import temperature_of
+from training.graphs.ending import temperature_of
 from training.nets import NETWORKS, build
+from training.trust.calibration import softmax
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/networks.json"
 LARGEST_DIFFERENCE = 1e-4

@@ -29,6 +29,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     _sync_directory(path.parent)
 
 
+def can_be_written(folder: Path) -> bool:
+    """Say whether files can be put into a folder, or it can be made: to be asked before hours are spent on them."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -15,9 +15,9 @@ from app import runtime
 from app.errors import BundleError
 from app.golden import Run
 from app.manifest import INPUT_NAME, MANIFEST_FILE, OUTPUT_NAME, Bundle, PixelRecipe, read_bundle
-from training.data import Split
+from training.data.arrays import Split
+from training.data.listing import Origin
 from training.errors import RunError
-from training.listing import Origin
 from training.nets import build
 from training.recipes import Recipe, make_recipe
 from training.runs import Checkpoint, is_run, read_checkpoint

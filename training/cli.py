@@ -56,6 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ConvoyError as error:
         sys.stderr.write(f"convoy-train: {error.message}\n")
         return USER_FAULT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "app", "training"):
+            raise
+        sys.stderr.write(f"convoy-train: {package} is not installed here: `make training` sets up all it needs.\n")
+        return USER_FAULT
+    except MemoryError as error:
+        told = f" ({error})" if str(error) else ""
+        sys.stderr.write(f"convoy-train: Memory is too small for this{told}: give smaller images or fewer of them.\n")
+        return USER_FAULT
     except OSError as error:  # a full disk, a folder that may not be written
         sys.stderr.write(f"convoy-train: {error.filename or 'A file'} cannot be used: {error.strerror or error}.\n")
         return USER_FAULT

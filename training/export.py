@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 
 from app.golden import Run, prove
 from app.manifest import INPUT_NAME, OUTPUT_NAME, Bundle, PixelRecipe, write_bundle
-from training.calibrate import calibrate_graph
 from training.classifiers import in_batches, onnx_run, torch_run
-from training.data import Split
+from training.data.arrays import Split
+from training.data.listing import Picture
 from training.errors import ExportError
 from training.evaluate import measure_figures
 from training.golden import choose_golden
-from training.graphs import make_graph
-from training.listing import Picture
+from training.graphs.exporter import make_graph
 from training.servable import Servable
-from training.trust import Evidence
+from training.trust.calibrate import calibrate_graph
+from training.trust.fitted import Evidence
 
 LARGEST_DIFFERENCE = 1e-4
 """Of any probability between PyTorch and ONNX Runtime. Measured on real images: 6e-7 and 1.1e-6 for the two models."""
@@ -55,7 +55,7 @@ class Offer:
     licence: str
     command: str
     data_card: bytes | None = None
-    """What the model was trained on (`training/cards.py`), as a file."""
+    """What the model was trained on (`training/data/cards.py`), as a file."""
     parent: dict[str, Any] | None = None
     """What this was compressed from."""
     figures: dict[str, Any] = field(default_factory=dict)

@@ -17,9 +17,9 @@ from PIL import Image
 from app.golden import Run
 from app.images import decode
 from app.manifest import PixelRecipe
-from training.data import decode_file, decode_picture
-from training.listing import Picture
-from training.metadata import EXIF_ORIENTATION, without_metadata
+from training.data.arrays import decode_file, decode_picture
+from training.data.listing import Picture
+from training.data.metadata import EXIF_ORIENTATION, without_metadata
 
 FILE_LIMIT_BYTES = 34_000
 LARGE_LIMIT_BYTES = 60_000

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.atomic import replacing
-from training.calibration import Bin
-from training.data import Split
+from training.data.arrays import Split
 from training.evaluate import Figures, worst_mistakes
 from training.runs import CONFUSION_FILE, CURVES_FILE, MISTAKES_FILE, Epoch
+from training.trust.calibration import Bin
 
 DOTS_PER_INCH = 110
 RATES_FILE = "rates.png"

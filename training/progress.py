@@ -33,7 +33,7 @@ def counting(what: str, total: int, rounds_after: int = 0, *, shown: bool = True
 
     Args:
         what: what is counted.
-        total: until when.
+        total: until when; 0: nobody knows.
         rounds_after: how many more such countings follow; with some, the time left of all is told too.
         shown: whether anything is told.
     """
@@ -48,7 +48,7 @@ def counting(what: str, total: int, rounds_after: int = 0, *, shown: bool = True
     begun = time.monotonic()
     next_line = begun + LINE_EVERY_S
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task, done, last_note = progress.add_task(what, total=total, note=""), 0, ""
+        task, done, last_note = progress.add_task(what, total=total or None, note=""), 0, ""
 
         def advance(count: int, note: str | None = None) -> None:
             nonlocal done, last_note, next_line
@@ -60,15 +60,16 @@ def counting(what: str, total: int, rounds_after: int = 0, *, shown: bool = True
             progress.update(task, advance=count, note=f"{last_note}{left if rounds_after else ''}")
             if shown and not console.is_terminal and now >= next_line:
                 next_line = now + LINE_EVERY_S
-                sys.stderr.write(f"{what}: {done / total:.0%}  {last_note}{left}\n")
+                share = f"{done / total:.0%}" if total else f"{done:,}"
+                sys.stderr.write(f"{what}: {share}  {last_note}{left}\n")
                 sys.stderr.flush()
 
         yield advance
 
 
 def _time_left(passed_s: float, done: int, total: int, rounds_after: int) -> str:
-    """Say how long it still takes, this round and all, if it goes on as it went; nothing where nothing is done yet."""
-    if not done:
+    """Say how long it still takes, this round and all, if it goes on as it went; nothing where that cannot be told."""
+    if not done or not total:
         return ""
     round_s = passed_s * total / done
     this = round_s - passed_s

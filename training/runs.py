@@ -7,7 +7,6 @@ costs the running epoch and no more. Knows nothing of how an epoch is trained.
 import csv
 import fcntl
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, fields
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from training.atomic import replacing
+from training.data.listing import Listing
 from training.errors import RunError
-from training.listing import Listing
 from training.recipes import Recipe, flag, make_recipe
 
 FORMAT = 2
@@ -80,6 +79,30 @@ class Checkpoint:
         """The weights that answer: the best, the moving average or the last, as the recipe has it."""
         return self.best or self.average.get("weights") or self.network
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run would not go on if it were resumed."""
+        return len(self.history) >= self.recipe.epochs or in_vain(self.history, self.recipe)
+
+    @property
+    def weights_in_words(self) -> str:
+        """Say which weights answer: `those after the last epoch`."""
+        finished, epochs = len(self.history), self.recipe.epochs
+        which = "the moving average" if self.average else "those"
+        if self.best:
+            return f"{which} after epoch {best_epoch(self.history)}, the best of {finished} on the validation part"
+        return f"{which} after the last epoch" if finished == epochs else f"{which} after epoch {finished} of {epochs}"
+
+
+def best_epoch(history: tuple[Epoch, ...]) -> int:
+    """Return the number of the epoch with the least validation loss, the first of equals."""
+    return min(history, key=lambda epoch: (epoch.validation_loss or 0.0, epoch.epoch)).epoch
+
+
+def in_vain(history: tuple[Epoch, ...], recipe: Recipe) -> bool:
+    """Say whether the last `patience` epochs have brought no better validation loss."""
+    return bool(recipe.patience and history) and history[-1].epoch - best_epoch(history) >= recipe.patience
+
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint, then the files for people that follow from it.
@@ -119,7 +142,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         raise RunError(f"{path} does not exist: no epoch of this run was finished.")
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what is damaged may raise anything, an IndexError too
         raise RunError(f"{path} is damaged and cannot be read: restore it, or train anew with --force.") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
         raise RunError(f"{path} is not a checkpoint of this version of convoy-train: train anew with --force.")

@@ -22,24 +22,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
-from training.augment import alternate, blend, draw_blends, draw_moves, move
-from training.averages import Average
-from training.balance import class_weights, epoch_order
-from training.data import Split
-from training.devices import deterministic
+from training.data.arrays import Split
+from training.data.augment import alternate, blend, draw_blends, draw_moves, move
+from training.data.balance import class_weights, epoch_order
 from training.errors import DivergedError, RecipeError
-from training.freezing import prepare
+from training.learning.averages import Average
+from training.learning.devices import deterministic, keep_memory
+from training.learning.freezing import prepare
+from training.learning.optimizers import make_optimizer
+from training.learning.ranks import ALONE, Ranks
+from training.learning.schedules import rate_at
 from training.nets import build
-from training.optimizers import make_optimizer
 from training.progress import counting
-from training.ranks import ALONE, Ranks
 from training.recipes import Recipe
-from training.runs import Checkpoint, Epoch, write_checkpoint
-from training.schedules import rate_at
+from training.runs import Checkpoint, Epoch, best_epoch, in_vain, write_checkpoint
 from training.servable import Normalise
 
 MEASURE_BATCH = 500
-STEPS_BETWEEN_NOTES = 20
+MEASURE_PIXELS = MEASURE_BATCH * 64 * 64
+"""Of a batch at most: 500 images of 224×224 would take 6 GB for one layer of VGG."""
+NOTE_EVERY_S = 0.5
+"""A note asks the device for a number, and so waits for all that was given it to do: not at every step."""
 FIRST_LOOK = 5000
 """Images that a network may set its first weights by; airbench's number."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,6 +122,7 @@ def train(
     """
     recipe = start.recipe
     deterministic()
+    keep_memory()
     network = fresh_network(recipe, len(start.classes), train_split)
     if start.weights is not None:
         network.load_state_dict(start.weights)
@@ -129,7 +133,8 @@ def train(
         learner.restore(start.checkpoint)
         history, best = start.checkpoint.history, start.checkpoint.best
     while len(history) < recipe.epochs and not in_vain(history, recipe):
-        epoch = learner.epoch(len(history) + 1, train_split, test_split, validation_split)
+        # Each process has measured, and rounding may differ: one that stopped while the others go on would hold them.
+        epoch = ranks.share(learner.epoch(len(history) + 1, train_split, test_split, validation_split))
         history = (*history, epoch)
         if recipe.patience and best_epoch(history) == epoch.epoch:
             best = {name: value.detach().clone() for name, value in learner.answering().state_dict().items()}
@@ -170,6 +175,7 @@ def fit(
         DivergedError: the loss is no longer a number.
     """
     deterministic()
+    keep_memory()
     torch.manual_seed(recipe.seed)
     learner = Learner(network.to(device), classes, recipe, device, teacher=teacher)
     for number in range(1, recipe.epochs + 1):
@@ -198,16 +204,6 @@ def first_look(split: Split, recipe: Recipe) -> Tensor:
     return images
 
 
-def best_epoch(history: tuple[Epoch, ...]) -> int:
-    """Return the number of the epoch with the least validation loss, the first of equals."""
-    return min(history, key=lambda epoch: (epoch.validation_loss or 0.0, epoch.epoch)).epoch
-
-
-def in_vain(history: tuple[Epoch, ...], recipe: Recipe) -> bool:
-    """Say whether the last `patience` epochs have brought no better validation loss."""
-    return bool(recipe.patience and history) and history[-1].epoch - best_epoch(history) >= recipe.patience
-
-
 # ---------------------------------------------------------------- what learns
 
 
@@ -234,6 +230,12 @@ class Learner:
             raise RecipeError("--precision fp16: only a GPU computes in it; use bf16 on a CPU.")
         if self.recipe.frozen_epochs and self.ranks.size > 1:
             raise RecipeError("--frozen-epochs: what learns cannot change where several processes train; use one.")
+        if self.recipe.batch_size < 2 * self.ranks.size * self.recipe.accumulate and self.ranks.size > 1:
+            raise RecipeError(
+                f"--batch-size {self.recipe.batch_size}: {self.ranks.size} processes need two images or more each"
+                + (f" for each of {self.recipe.accumulate} parts" if self.recipe.accumulate > 1 else "")
+                + ", so give a larger one."
+            )
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.network, self.recipe)
@@ -282,7 +284,13 @@ class Learner:
     def epoch(self, number: int, train_split: Split, test_split: Split, validation_split: Split | None = None) -> Epoch:
         """Pass over the training images once and measure."""
         begun = time.perf_counter()
-        train_loss, train_accuracy = train_epoch(self, train_split, number)
+        try:
+            train_loss, train_accuracy = train_epoch(self, train_split, number)
+        except torch.OutOfMemoryError as error:
+            raise RecipeError(
+                f"--batch-size {self.recipe.batch_size}: the GPU has no memory for it; give a smaller one, or "
+                f"--accumulate {2 * self.recipe.accumulate} to pass it in parts."
+            ) from error
         seconds = time.perf_counter() - begun
         answering = self.answering()
         test_loss, test_accuracy = measure(answering, test_split, self.recipe, self.device)
@@ -326,20 +334,24 @@ def train_epoch(learner: Learner, split: Split, number: int) -> tuple[float, flo
     prepare(learner.network, learner.optimizer, recipe, number)
     # Summed where the network is: asking for a number at every step would make a GPU wait for it.
     totals = torch.zeros(2, device=learner.device)
-    seen, begun = 0, time.perf_counter()
+    seen, mine, begun = 0, 0, time.perf_counter()
+    note, next_note = "", begun
     with counting(f"Epoch {number}/{recipe.epochs}", len(order), recipe.epochs - number, shown=ranks.first) as advance:
         for step, chosen in enumerate(steps):
             learner.set_rate(rate_at((number - 1) * len(steps) + step, recipe.epochs * len(steps), recipe))
             planes, targets = make_batch(learner, split, chosen, augment_generator, mirrored)
             totals += train_step(learner, planes, targets, weight, len(chosen))
-            seen += len(chosen)
-            if step % STEPS_BETWEEN_NOTES == 0 or seen == len(order):
-                loss, right = ranks.total(totals.clone()).tolist()
-                mean_loss = _finite(loss / seen, number)
-                speed = seen / (time.perf_counter() - begun)
-                note = f"{speed:,.0f} images/s  loss {mean_loss:.3f}  accuracy {right / seen:.1%}"
+            seen, mine = seen + len(chosen), mine + len(planes)
+            if time.perf_counter() >= next_note:
+                # Of this process's part alone: clocks differ, and what all add up they must add up at the same step.
+                loss, right = totals.tolist()
+                mean_loss = _finite(loss / mine, number)
+                now = time.perf_counter()
+                note = f"{seen / (now - begun):,.0f} images/s  loss {mean_loss:.3f}  accuracy {right / mine:.1%}"
+                next_note = now + NOTE_EVERY_S
             advance(len(chosen), note=note)
-    return mean_loss, right / seen
+    loss, right = ranks.total(totals).tolist()
+    return _finite(loss / seen, number), right / seen
 
 
 def epoch_generators(seed: int, number: int) -> tuple[torch.Generator, torch.Generator]:
@@ -409,7 +421,9 @@ def train_step(learner: Learner, planes: Tensor, targets: Tensor, weight: Tensor
         float32 `[2]`: the part's sum of losses, and how many images were classified rightly.
     """
     learner.optimizer.zero_grad()
-    pieces = list(zip(*(whole.tensor_split(learner.recipe.accumulate) for whole in (planes, targets)), strict=True))
+    # A last batch of few images has fewer pieces: statistics over none of them would be no numbers.
+    parts = max(1, min(learner.recipe.accumulate, count * learner.recipe.accumulate // learner.recipe.batch_size))
+    pieces = list(zip(*(whole.tensor_split(parts) for whole in (planes, targets)), strict=True))
     totals = torch.zeros(2, device=learner.device)
     for number, (piece, wanted) in enumerate(pieces, start=1):
         with learner.ranks.gradients(learner.trained, together=number == len(pieces)):
@@ -467,6 +481,7 @@ def predict_logits(network: nn.Module, split: Split, recipe: Recipe, device: tor
     normalise = Normalise(recipe).to(device)
     network.eval()
     with torch.inference_mode():
-        for chosen in torch.split(torch.arange(len(split.images)), MEASURE_BATCH):
+        batch = max(1, min(MEASURE_BATCH, MEASURE_PIXELS // recipe.size**2))
+        for chosen in torch.split(torch.arange(len(split.images)), batch):
             images, _ = take(split, chosen, device)
             yield network(normalise(images.permute(0, 3, 1, 2).float())).cpu()

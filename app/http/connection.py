@@ -1,9 +1,9 @@
 """The connection under a prediction: uvicorn's HTTP/1.1, and what ASGI has no cheap word for.
 
 In ASGI a task must wait for the news that a client left, and an answer goes out in two writes, each a system call: here
-the news is a callback, and the answer one write. A prediction that arrives whole in one read, as small images do, gets
-its body without waiting for it, and is offered to the application before a task is made for it. A head that came before
-is not parsed again. All else is uvicorn's.
+the news is a callback, and the answer one write. A prediction that arrives whole in one read gets its body without
+waiting for it, and is offered to the application before a task is made for it. A head that came before is not parsed
+again. All else is uvicorn's.
 """
 
 import asyncio

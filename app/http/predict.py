@@ -17,7 +17,7 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
-from app.engine import INLINE_BYTES, Engine, Prediction
+from app.engine import Engine, Prediction
 from app.errors import BadRequestError
 from app.http.bodies import RAW_TYPES, BodyLimits, Head, read_images
 from app.http.connection import Connection, RequestHead, WholeRequest
@@ -99,7 +99,8 @@ class Predictor:
         timeout_ms = self._timeout_ms if plan.timeout_ms is None else min(plan.timeout_ms, self._timeout_ms)
         ticket = self._engine.admit(model, trace.started + timeout_ms / 1000, plan.urgency)
         trace.route, trace.model, trace.version, trace.images = plan.route, form.name, form.version, 1
-        return TasklessPrediction(request, ticket, trace, record, form, k).begin(self._engine, model)
+        TasklessPrediction(request, ticket, trace, record, form, k).begin(self._engine, model)
+        return True
 
     async def answer(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         """Read a request's images, classify them with the model that its path names, and send the answer."""
@@ -129,7 +130,7 @@ def _plan_for(request: RequestHead, limits: BodyLimits) -> Plan:
     except BadRequestError:
         return Plan(is_taskless=False)
     is_image = head.content_type in RAW_TYPES and head.content_encoding == "identity"
-    if way is None or not is_image or not 0 < request.body_bytes <= min(limits.max_body_bytes, INLINE_BYTES):
+    if way is None or not is_image or not 0 < request.body_bytes <= limits.max_body_bytes:
         return Plan(is_taskless=False)
     return Plan(True, *way, head.timeout_ms, head.urgency)
 

@@ -1,4 +1,4 @@
-"""A prediction without a task: one small image that came whole, from its decoding to its answer by callbacks.
+"""A prediction without a task: one image that came whole, from its decoding to its answer by callbacks.
 
 A task, its wake-up and the coroutines in it were a third of the event loop's time of a small image. Whatever is not so
 simple, or goes wrong at once, is `predict.py`'s, in ASGI's way; here a request has been let in, and waits.
@@ -35,7 +35,7 @@ class Form(Protocol):
 class Starter(Protocol):
     """Has a request run: the engine, or who knows more of the request."""
 
-    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+    def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin`."""
         ...
 
@@ -76,8 +76,8 @@ class TasklessPrediction:
         self._k = k
         self._give_up: GiveUp | None = None
 
-    def begin(self, engine: Starter, model: LoadedModel) -> bool:
-        """Decode the image and put it in line; False: that cannot be done here, and nothing is held."""
+    def begin(self, engine: Starter, model: LoadedModel) -> None:
+        """Have the image decoded and put in line; where that fails at once, nothing is held."""
         request, ticket = self._request, self._ticket
         ticket.open(self._leave)
         try:
@@ -86,12 +86,9 @@ class TasklessPrediction:
         finally:
             if self._give_up is None:
                 ticket.close(finished=False)
-        if self._give_up is None:
-            return False
         request.take_body()
         request.connection.on_leave = ticket.abandon
         request.connection.tasks.add(cast(Any, self))
-        return True
 
     def cancel(self, msg: str = "") -> None:
         """End it soon, as a task would: the drain is over."""

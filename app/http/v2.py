@@ -115,7 +115,8 @@ class Inferrer:
         ticket = self._engine.admit(model, trace.started + timeout_ms / 1000, plan.urgency)
         trace.route, trace.model, trace.version, trace.images = plan.route, model.name, model.version, small.rows
         answering = _Taskless(self._engine, small, message, self._writer_of(model), plan.accepted)
-        return TasklessPrediction(request, ticket, trace, record, answering, 0).begin(answering, model)
+        TasklessPrediction(request, ticket, trace, record, answering, 0).begin(answering, model)
+        return True
 
     async def answer(self, scope: Scope, receive: Receive, connection: Connection) -> None:
         """Read a request, whose path names the model, run it, and send the answer."""
@@ -160,7 +161,7 @@ class _Taskless:
         self._writer = writer
         self._accepted = accepted
 
-    def begin(self, model: LoadedModel, body: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
+    def begin(self, model: LoadedModel, body: bytes, ticket: Ticket, tell: Tell) -> GiveUp:
         """Have it run."""
         return self._small.begin(self._engine, ticket, tell)
 

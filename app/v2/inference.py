@@ -143,7 +143,7 @@ class SmallRequest:
     id: str
     wanted: list[tuple[int, TensorSpec, int]]
 
-    def begin(self, engine: Engine, ticket: Ticket, tell: Tell) -> GiveUp | None:
+    def begin(self, engine: Engine, ticket: Ticket, tell: Tell) -> GiveUp:
         """Have it run; see `Engine.begin`."""
         if isinstance(self.data, bytes):
             return engine.begin(self.model, self.data, ticket, tell)

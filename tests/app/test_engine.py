@@ -11,8 +11,18 @@ import pytest
 
 from app.admission import Admission, Limits
 from app.batcher import Batcher
-from app.engine import LocalEngine
-from app.errors import AbandonedError, BadImageError, ConvoyError, DeadlineError, InferenceError, QueueFullError
+from app.engine import LocalEngine, Prediction
+from app.errors import (
+    AbandonedError,
+    BadImageError,
+    ConvoyError,
+    DeadlineError,
+    InferenceError,
+    QueueFullError,
+    TooLargeError,
+    UnavailableError,
+)
+from app.images import decode
 from app.loading import LoadedModel
 from app.metrics import Metrics
 from app.tickets import Ticket
@@ -326,5 +336,125 @@ def test_a_request_that_failed_holds_nothing(tmp_path, fault, image, timeout_s):
             if witness() is None:
                 break
         assert witness() is None
+
+    with_bench(tmp_path, scenario)
+
+
+# ---------------------------------------------------------------- without a task
+
+PHOTO = noise_image(5, "JPEG", (400, 400))
+
+
+class Waiting:
+    """Who has begun a request without a task: its ticket, and what it was told."""
+
+    def __init__(self, bench: Bench, model: LoadedModel, image: bytes) -> None:
+        self.told: list[Prediction | type[Exception]] = []
+        self.ticket = bench.engine.admit(model, time.monotonic() + 10)
+        self.ticket.open(lambda: None)
+        self.give_up = bench.engine.begin(model, image, self.ticket, self.tell)
+
+    def tell(self, result: Prediction | Exception) -> None:
+        # An error that is kept holds the frames that it came through, and whoever they tell.
+        self.told.append(result if isinstance(result, Prediction) else type(result))
+
+    def close(self) -> None:
+        self.ticket.close(finished=True)
+
+    async def answer(self) -> Prediction | type[Exception]:
+        for _ in range(1000):
+            if self.told:
+                self.close()
+                return self.told[0]
+            await asyncio.sleep(0.01)
+        raise AssertionError("nobody was told anything")
+
+
+@pytest.mark.parametrize("image", [plain_image("red"), PHOTO], ids=["small", "photo"])
+def test_without_a_task_the_answer_is_the_same(tmp_path, image):
+    async def scenario(bench):
+        bench.session.gate.set()
+        waiting = Waiting(bench, bench.model, image)
+        assert not waiting.told
+        prediction = await waiting.answer()
+        np.testing.assert_array_equal(prediction.probabilities, await bench.classify(image))
+        assert prediction.stages.decode_s > 0 and len(waiting.told) == 1
+        assert bench.metrics.images.labels("colours", "1").get() == 2
+
+    with_bench(tmp_path, scenario)
+
+
+def test_without_a_task_a_photo_may_be_given_up_in_every_stage(tmp_path, monkeypatch):
+    gate, entered = threading.Event(), threading.Semaphore(0)
+
+    def held_decode(*arguments, **named):
+        entered.release()
+        assert gate.wait(10)
+        return decode(*arguments, **named)
+
+    monkeypatch.setattr("app.engine.decode", held_decode)
+    monkeypatch.setattr("app.engine.INLINE_BYTES", 0)
+
+    async def scenario(bench):
+        decoding = [Waiting(bench, bench.model, PHOTO) for _ in range(2)]
+        for _ in decoding:
+            await asyncio.to_thread(entered.acquire)
+        waits, stays = Waiting(bench, bench.model, PHOTO), Waiting(bench, bench.model, PHOTO)
+        assert (bench.admission.images, bench.admission.pixels) == (4, 4 * 400 * 400)
+        for each in (decoding[0], waits):
+            each.give_up()
+            each.close()
+        assert bench.admission.images == 3, "what is being decoded still counts, what waited for that does not"
+        gate.set()
+        while not bench.session.entered.is_set():
+            await asyncio.sleep(0.005)
+        while stays.ticket.stage != "queue":
+            await asyncio.sleep(0.005)
+        assert (bench.admission.images, bench.admission.pixels) == (2, 0)
+        stays.give_up()
+        stays.close()
+        bench.session.gate.set()
+        assert isinstance(await decoding[1].answer(), Prediction)
+        assert not (decoding[0].told or waits.told or stays.told)
+        while bench.session.rows_run == 0:
+            await asyncio.sleep(0.005)
+
+    with_bench(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize(
+    ("fault", "image"),
+    [(None, PHOTO), (BadImageError, PHOTO[:-3000]), (InferenceError, PHOTO), (UnavailableError, PHOTO)],
+)
+def test_without_a_task_a_photo_holds_nothing_afterwards(tmp_path, fault, image):
+    async def scenario(bench):
+        if fault is InferenceError:
+            bench.session.run = None
+        bench.session.gate.set()
+        model = replace(bench.model)
+        witness = weakref.ref(model)
+        waiting = Waiting(bench, model, image)
+        if fault is UnavailableError:
+            bench.model.batcher.close()
+        answer = await waiting.answer()
+        assert isinstance(answer, Prediction) if fault is None else answer is fault
+        del model, waiting, answer
+        for _ in range(100):  # a thread may still be on its way out of the call
+            await asyncio.sleep(0.01)
+            if witness() is None:
+                break
+        assert witness() is None
+
+    with_bench(tmp_path, scenario)
+
+
+def test_without_a_task_a_photo_with_too_many_pixels_is_refused_at_once(tmp_path):
+    async def scenario(bench):
+        with (
+            bench.engine.admit(bench.model, time.monotonic() + 10) as ticket,
+            pytest.raises(TooLargeError, match="1100×1100"),
+        ):
+            bench.engine.begin(bench.model, encode(np.zeros((1100, 1100, 3), np.uint8)), ticket, pytest.fail)
 
     with_bench(tmp_path, scenario)

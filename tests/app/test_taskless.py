@@ -25,8 +25,8 @@ HEAD_AND_BODY = request(b"an image", "/predict", "X-Request-Id: mine")
 class Bench:
     """One connection to an application whose engine does what the test says."""
 
-    def __init__(self, timeout_s: float = 60, takes: bool = True, error: Exception | None = None) -> None:
-        self.timeout_s, self.takes, self.error = timeout_s, takes, error
+    def __init__(self, timeout_s: float = 60, error: Exception | None = None) -> None:
+        self.timeout_s, self.error = timeout_s, error
         self.metrics = Metrics()
         limits = Limits(images=1, bytes=100, pixels=1, model_images={}, queue_target_s=0.0)
         self.admission = Admission(limits, self.metrics)
@@ -52,14 +52,13 @@ class Bench:
         lane = self.admission.lane(self.model.metrics)
         ticket = Ticket(self.admission, lane, time.monotonic() + self.timeout_s, 3)
         trace.route, trace.model, trace.version = "/predict", "m", "1"
-        return TasklessPrediction(request, ticket, trace, record, self, 1).begin(self, self.model)
+        TasklessPrediction(request, ticket, trace, record, self, 1).begin(self, self.model)
+        return True
 
     def begin(self, model, image, ticket, tell):
         ticket.hold_images(1)
         if self.error is not None:
             raise self.error
-        if not self.takes:
-            return None
         ticket.stage, self.tell = "queue", tell
         return self.give_up
 
@@ -178,12 +177,10 @@ def test_what_fails_later_is_a_500_with_its_reason_and_the_connection_goes_on(pr
     on_a_bench(scenario)
 
 
-@pytest.mark.parametrize(
-    "how", [{"takes": False}, {"error": BadImageError("It is none.")}, {"error": ZeroDivisionError()}]
-)
-def test_what_cannot_begin_goes_asgi_s_way_and_holds_nothing(how):
+@pytest.mark.parametrize("error", [BadImageError("It is none."), ZeroDivisionError()])
+def test_what_cannot_begin_goes_asgi_s_way_and_holds_nothing(error):
     async def scenario() -> None:
-        bench = Bench(**how)
+        bench = Bench(error=error)
         for number in range(1, 3):
             bench.connection.data_received(HEAD_AND_BODY)
             assert (bench.admission.images, bench.admission.bytes) == (0, 0)

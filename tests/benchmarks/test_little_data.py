@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import little_data
 from benchmarks.little_data import Arm, blend_a_class, few, keep, kept
-from training.data import Split
+from training.data.arrays import Split
 
 
 def test_the_normal_distribution_is_the_classes_own():

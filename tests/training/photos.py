@@ -5,7 +5,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from training.metadata import EXIF_ORIENTATION
+from training.data.metadata import EXIF_ORIENTATION
 
 SECRET = b"Rue de Rivoli 99"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.augment import Moves, alternate, augment, blend, cover, draw_blends, draw_moves, mix, move, warp
+from training.data.augment import Moves, alternate, augment, blend, cover, draw_blends, draw_moves, mix, move, warp
 from training.recipes import Recipe, make_recipe
 from training.servable import Normalise
 

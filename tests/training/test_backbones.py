@@ -15,12 +15,12 @@ from torch import nn
 
 from app.manifest import read_bundle
 from training import cli, nets
-from training.backbones import Beginning, begun, read_beginning
 from training.errors import RecipeError, WeightsError
-from training.freezing import prepare
-from training.optimizers import make_optimizer
+from training.learning.freezing import prepare
+from training.learning.optimizers import make_optimizer
 from training.recipes import make_recipe
 from training.runs import read_checkpoint
+from training.transfer.backbones import Beginning, begun, read_beginning
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training.balance import class_weights, epoch_order
+from training.data.balance import class_weights, epoch_order
 from training.recipes import Recipe, make_recipe
 
 LABELS = torch.tensor([0] * 60 + [2] * 9 + [1] * 31)[torch.randperm(100, generator=torch.Generator().manual_seed(7))]

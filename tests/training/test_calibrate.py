@@ -1,6 +1,7 @@
 """A bundle recalibrated: the colour bundle of the tests, on images whose labels it half knows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,18 @@ import pytest
 from app.errors import BundleError
 from app.golden import prove
 from app.loading import check_graph
-from app.manifest import Bundle, read_bundle, verify_files
+from app.manifest import Bundle, add_data_card, read_bundle, verify_files
 from app.sessions import ClassifierSession
 from tests.bundles import COLOURS, encode, make_bundle, noise_image
-from training import calibrate, cli
-from training.calibration import softmax
+from training import cli
 from training.classifiers import onnx_run
-from training.energy import energy_of
-from training.head import LOGITS_NAME, logits_of, plain, temperature_of
+from training.graphs.ending import LOGITS_NAME, logits_of, plain, temperature_of
+from training.trust import calibrate
+from training.trust.calibration import softmax
+from training.trust.energy import energy_of
 
 EACH = 12
+CARD = b'{"name": "colours"}'
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The colour bundle, and what `calibrate` makes of it as version 2; read only."""
     root = tmp_path_factory.mktemp("calibrate")
     make_bundle(root / "models")
+    add_data_card(version(root / "models", 1), CARD)
     random = np.random.default_rng(0)
     for label, colour in enumerate(COLOURS.values()):
         folder = root / "data" / list(COLOURS)[label]
@@ -57,6 +61,7 @@ def test_the_new_version_is_whole_and_its_golden_images_are_the_old_ones(models:
     verify_files(new)
     assert prove(new, onnx_run(new.model_path)) <= 1e-6
     assert new.golden_bytes() == old.golden_bytes()
+    assert new.data_card_bytes() == old.data_card_bytes() == CARD
     assert [image.label for image in new.manifest.golden.images] == [i.label for i in old.manifest.golden.images]
     assert plain(onnx.load(new.model_path)) == onnx.load(old.model_path)
     assert new.manifest.provenance.command.startswith("make_bundle\nconvoy-train calibrate ")
@@ -137,6 +142,15 @@ def test_what_cannot_be_calibrated_is_told_in_a_sentence_and_nothing_is_written(
     assert run(root, "--version", "9", "--unfamiliar", str(root / "strange" / "none")) == 2
     assert "none cannot be read as a folder of images" in capsys.readouterr().err
     assert not (models / "colours" / "9").exists()
+
+
+def test_a_bundle_that_lies_elsewhere_is_not_calibrated_into_an_unnamed_place(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(models / "colours" / "1", tmp_path / "mine")
+    assert cli.main(["calibrate", str(tmp_path / "mine"), "--data", str(models.parent / "data")]) == 2
+    assert "mine is not in a folder colours/" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_graph_that_does_not_follow_the_arithmetic_is_refused(

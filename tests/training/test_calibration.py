@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.calibration import (
+from training.pictures import draw_reliability
+from training.trust.calibration import (
     COLDEST,
     HOTTEST,
     adaptive_error,
@@ -14,7 +15,6 @@ from training.calibration import (
     reliability,
     softmax,
 )
-from training.pictures import draw_reliability
 
 
 def draw(count: int, classes: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -12,10 +12,10 @@ from app.errors import BundleError
 from app.manifest import DATA_CARD_FILE, MANIFEST_FILE, PixelRecipe, add_data_card, read_bundle, verify_files
 from tests.bundles import make_bundle
 from training import cli
-from training.cards import DataCard, compare, describe, read_card
-from training.data import read_listing
+from training.data.arrays import read_listing
+from training.data.cards import DataCard, compare, describe, read_card
+from training.data.listing import Listing, Picture
 from training.errors import DataError
-from training.listing import Listing, Picture
 
 PIXELS = PixelRecipe(height=32, width=32, resize_short_side=32)
 

@@ -18,7 +18,7 @@ from training.checks.duplicates import near, same_files, same_pixels
 from training.checks.findings import KINDS, Checked, merged
 from training.checks.looks import Survey, survey
 from training.checks.suspects import confident_joint, find_suspects, groups_of, out_of_fold
-from training.listing import Picture
+from training.data.listing import Picture
 
 
 def blocks(label: int, number: int, side: int = 32) -> np.ndarray:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from app.manifest import PixelRecipe
-from training import cifar
-from training.data import load_split, read_listing
+from training.data import cifar
+from training.data.arrays import load_split, read_listing
 from training.errors import DataError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -13,18 +13,19 @@ from torch import nn
 from app.golden import prove
 from app.manifest import Bundle, read_bundle, verify_files
 from app.sessions import ClassifierSession
+from tests.bundles import make_bundle
 from training import cli
 from training.classifiers import onnx_run
 from training.compress import int8, speed
 from training.compress.distilling import asked_of
 from training.compress.fp16 import halve
-from training.compress.layers import around_network, weighted_nodes
 from training.compress.pruning import multiply_adds, prune
 from training.compress.speed import Speed
 from training.compress.table import Row, check_bound, in_words
 from training.costs import Costs
 from training.errors import CompressError
-from training.head import plain
+from training.graphs.ending import plain
+from training.graphs.parts import around_network, weighted_nodes
 from training.nets import build
 
 
@@ -301,6 +302,23 @@ def test_teacher_and_student_see_the_same_pixels(parent, work, tree, tmp_path, c
     flags = (f"--data={tree}", "--max-loss=1", "--size=40")
     assert compress("distil", parent.directory, work, tmp_path / "models", *flags) == 2
     assert "sees 32×32 pixels, the student 40×40" in capsys.readouterr().err
+
+
+def test_what_is_measured_beside_each_other_sees_and_says_the_same(parent, work, tree, tmp_path, capsys):
+    flags = (f"--data={tree}", "--max-loss=1")
+    for given, sentence in (
+        (("--interpolation=bicubic",), "has interpolation bilinear, and the student would have bicubic"),
+        ((f"--beside={make_bundle(tmp_path / 'models').directory}",), "has other labels than the teacher"),
+        (("--patience=3", "--validation-fraction=0.2"), "trains to the last epoch"),
+    ):
+        assert compress("distil", parent.directory, work, tmp_path / "made", *flags, *given) == 2
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--seed=5", "--validation-fraction=0.2", "--size=40"])
+def test_a_pruned_network_is_of_its_run(work, tmp_path, capsys, given):
+    assert compress("prune", work / "runs" / "insects", work, tmp_path, "--max-loss=30", given) == 2
+    assert "the run has " in capsys.readouterr().err
 
 
 def test_a_teacher_is_asked_with_the_levels_that_it_takes():

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from training.calibration import softmax
-from training.conformal import COVERAGES, fit_threshold, label_sets
+from training.trust.calibration import softmax
+from training.trust.conformal import COVERAGES, fit_threshold, label_sets
 
 
 @pytest.mark.parametrize("coverage", COVERAGES)

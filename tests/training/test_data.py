@@ -10,10 +10,11 @@ import pytest
 from app.images import decode
 from app.manifest import PixelRecipe
 from tests.training.conftest import CLASSES
-from training import data
-from training.data import load_split, read_listing
+from training.data import arrays
+from training.data.arrays import load_split, read_listing
+from training.data.listing import Listing, Origin, Picture, choose_part, kept_from_training, labels_of, validation_of
+from training.data.trees import read_tree
 from training.errors import DataError
-from training.listing import Listing, Origin, Picture, choose_part, kept_from_training, labels_of, validation_of
 
 PIXELS = PixelRecipe(height=32, width=32, resize_short_side=32)
 DrawTree = Callable[..., Path]
@@ -56,7 +57,7 @@ def test_a_split_is_decoded_as_the_service_decodes(tree: Path, tmp_path: Path):
 def test_the_second_start_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pictures = read_listing(tree).part("test")
     first = load_split(pictures, PIXELS, tmp_path)
-    monkeypatch.setattr(data, "decode", None)
+    monkeypatch.setattr(arrays, "decode", None)
     np.testing.assert_array_equal(load_split(pictures, PIXELS, tmp_path).images, first.images)
 
 
@@ -230,7 +231,7 @@ def test_data_of_another_origin_is_measured_whole(draw_tree: DrawTree, tmp_path:
 
 def test_decoding_takes_the_processors_that_it_may_use(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(data, "usable_cpus", lambda: asked.append(1) or 1)
+    monkeypatch.setattr(arrays, "usable_cpus", lambda: asked.append(1) or 1)
     load_split(read_listing(tree).part("test"), PIXELS, tmp_path)
     assert asked
 
@@ -252,6 +253,21 @@ def test_a_validation_part_is_cut_from_train_class_by_class_and_the_same_every_t
     assert listing.hold_out(0.2, seed=6)[1] != held_out
     assert listing.hold_out(0, seed=5) == (listing, ())
     assert np.bincount(labels_of(listing.hold_out(0.99, seed=5)[0].train)).tolist() == [1, 1, 1, 1]
+
+
+def test_where_nothing_can_be_held_out_nothing_is_validated_in_silence():
+    with pytest.raises(DataError, match="No class has two images to train on, so none can be held out"):
+        listing_of(1, 1).hold_out(0.2, seed=5)
+
+
+def test_a_link_to_nothing_is_a_fault_of_the_data(tmp_path: Path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").symlink_to("nowhere.jpg")
+    faults: list[DataError] = []
+    read_tree(tmp_path, faults)
+    link = tmp_path / "ant" / "1.jpg"
+    assert faults[0].message == f"{link} cannot be read (No such file or directory): mend or remove it."
 
 
 def test_what_was_held_out_is_told_from_the_data_of_the_training_alone():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from training.energy import auroc, energy_of
+from training.trust.energy import auroc, energy_of
 
 
 def test_energy_is_minus_t_logsumexp():

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from training.classifiers import Classifier
-from training.data import Split
+from training.data.arrays import Split
 from training.errors import DataError
 from training.evaluate import measure_figures, predict, prediction_table
 from training.pictures import draw_confusion, draw_mistakes

@@ -14,19 +14,21 @@ from PIL import Image
 from app.errors import BundleError
 from app.golden import prove
 from app.images import decode
-from app.manifest import Bundle, Manifest, PixelRecipe, read_bundle, verify_files
+from app.manifest import DATA_CARD_FILE, Bundle, Manifest, PixelRecipe, read_bundle, verify_files
 from app.trust import Calibration
 from tests.training.photos import SECRET, private_photo
-from training import cli, data, export
-from training.calibration import softmax
+from training import cli, export
 from training.classifiers import Classifier, onnx_run, open_classifier
-from training.data import Split, load_split, read_listing
+from training.data import arrays as data
+from training.data.arrays import Split, load_split, read_listing
+from training.data.cards import read_card
 from training.errors import ExportError
 from training.export import spread
-from training.graphs import OPSET
-from training.head import plain
+from training.graphs.ending import plain
+from training.graphs.exporter import OPSET
 from training.names import check_name, next_version
 from training.runs import read_checkpoint, write_checkpoint
+from training.trust.calibration import softmax
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,26 @@ def test_a_version_that_cannot_be_served_is_refused_before_anything_is_computed(
     assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 2
     assert f"'{version}' cannot be a version: give --version a whole number from 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_card_does_not_say_that_a_model_was_trained_on_what_it_is_measured_on(
+    work: Path, draw_tree: Callable[..., Path], tmp_path: Path
+):
+    other = draw_tree(tmp_path / "other", parts=(("train", 3), ("test", 2)))
+    arguments = [f"--models-dir={tmp_path / 'models'}", f"--cache-dir={tmp_path / 'cache'}", f"--data={other}"]
+    assert cli.main(["export", str(work / "runs" / "insects"), *arguments]) == 0
+    card = read_card(tmp_path / "models" / "insects" / "1" / DATA_CARD_FILE)
+    assert list(card.parts) == ["measured"]
+    assert "is not described" in card.unknown[0]
+
+
+def test_nothing_is_computed_for_a_place_that_cannot_be_written(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data, "load_split", None)
+    (tmp_path / "models").write_text("no folder")
+    assert cli.main(["export", str(work / "runs" / "insects"), f"--models-dir={tmp_path / 'models'}"]) == 2
+    assert "models/insects cannot be written: name another folder by --models-dir." in capsys.readouterr().err
 
 
 def test_an_unfinished_run_says_so(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from training.data.fetch import ARCHIVES, Archive, fetch
 from training.errors import FetchError
-from training.fetch import ARCHIVES, Archive, fetch
 
 CONTENT = bytes(range(256)) * 4000
 

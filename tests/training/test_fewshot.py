@@ -15,11 +15,11 @@ from app.runtime import load
 from tests.bundles import colour_graph, make_bundle
 from training import cli
 from training.classifiers import onnx_run
+from training.data.listing import Listing, Picture
 from training.errors import SurgeryError
-from training.fewshot import draw_shots
-from training.heads import ALONE_STRENGTH, HEADS, STRENGTHS, fit_cosine, fit_logistic
-from training.listing import Listing, Picture
-from training.surgery import FEATURES_NAME, above, backbone, find_cut, graft
+from training.graphs.cut import FEATURES_NAME, above, backbone, find_cut, graft
+from training.transfer.fewshot import draw_shots
+from training.transfer.heads import ALONE_STRENGTH, HEADS, STRENGTHS, fit_cosine, fit_logistic
 
 
 def clouds(shots: int, spread: float = 1.0, classes: int = 4, width: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from training.errors import ExportError
-from training.graphs import make_graph
+from training.graphs.exporter import make_graph
 
 
 class Last(nn.Module):

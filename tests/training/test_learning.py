@@ -1,7 +1,13 @@
 """What learns: optimizers, schedules, the moving average, pieces of a batch, a teacher, stopping early."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,16 +15,18 @@ import torch
 from torch import nn
 
 from training import train
-from training.averages import Average
-from training.data import Split
+from training.data.arrays import Split
 from training.errors import RecipeError
+from training.learning import rates
+from training.learning.averages import Average
+from training.learning.optimizers import Muon, make_optimizer, orthogonal
+from training.learning.ranks import Ranks
+from training.learning.rates import Try, best_rate, try_rates
+from training.learning.schedules import rate_at
 from training.nets import build
 from training.nets.airbench import WHITENED, Airbench
-from training.optimizers import Muon, make_optimizer, orthogonal
-from training.rates import Try, best_rate, try_rates
 from training.recipes import Recipe, make_recipe
-from training.runs import Epoch
-from training.schedules import rate_at
+from training.runs import Epoch, best_epoch, in_vain
 from training.views import several_views
 
 CPU = torch.device("cpu")
@@ -202,6 +210,16 @@ def test_a_loss_that_never_falls_gives_no_rate():
         next(try_rates(Recipe(), 2, Split(np.zeros((0,)), np.zeros(0), ()), CPU, lowest=1, highest=1, steps=3))
 
 
+def test_a_rate_is_looked_for_with_the_balance_of_the_training(split: Split, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rates, "fresh_network", lambda *_: small())
+    rare = Split(split.images, (np.arange(16) == 3).astype(np.int64), ())
+    first = {
+        balance: next(try_rates(make_recipe(**PLAIN, balance=balance), 2, rare, CPU, lowest=1e-6, highest=1, steps=1))
+        for balance in ("none", "weights", "sampling")
+    }
+    assert len({found.loss for found in first.values()}) == 3
+
+
 def test_views_are_joined_by_their_logits():
     def run(images: np.ndarray) -> np.ndarray:
         logits = images[:, 0, :2, 0].astype(np.float32) / 10  # tells left from right, and up from down
@@ -236,6 +254,28 @@ def test_a_teachers_loss_vanishes_where_the_pupil_agrees():
     assert abs(float(loss)) < 1e-4
 
 
+# ---------------------------------------------------------------- what is told on the way
+
+
+def test_figures_are_asked_for_by_the_clock_and_not_at_every_step(split: Split, monkeypatch: pytest.MonkeyPatch):
+    notes: list[str] = []
+
+    @contextmanager
+    def counting(*_: object, **__: object) -> Iterator[Callable[..., None]]:
+        yield lambda _, note: notes.append(note)
+
+    monkeypatch.setattr(train, "counting", counting)
+    for step_s, expected in ((0.001, 1), (0.2, 3)):
+        clock = count(0.0, step_s)
+        monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
+        notes.clear()
+        learner = train.Learner(small(), 2, make_recipe(**PLAIN | {"batch_size": 2}), CPU)
+        loss, _ = train.train_epoch(learner, split, 1)
+        assert len(notes) == 8
+        assert len(dict.fromkeys(notes)) == expected
+        assert f"loss {loss:.3f}" not in notes[0]
+
+
 # ---------------------------------------------------------------- stopping early
 
 
@@ -245,11 +285,11 @@ def epochs_of(*losses: float) -> tuple[Epoch, ...]:
 
 def test_a_run_is_in_vain_after_as_many_epochs_without_better():
     recipe = make_recipe(patience=2, validation_fraction=0.1)
-    assert not train.in_vain(epochs_of(1.0, 0.9), recipe)
-    assert not train.in_vain(epochs_of(1.0, 0.9, 0.9), recipe)
-    assert train.in_vain(epochs_of(1.0, 0.9, 0.9, 0.95), recipe)
-    assert not train.in_vain(epochs_of(1.0, 0.9, 0.9, 0.95), make_recipe())
-    assert train.best_epoch(epochs_of(1.0, 0.9, 0.9)) == 2
+    assert not in_vain(epochs_of(1.0, 0.9), recipe)
+    assert not in_vain(epochs_of(1.0, 0.9, 0.9), recipe)
+    assert in_vain(epochs_of(1.0, 0.9, 0.9, 0.95), recipe)
+    assert not in_vain(epochs_of(1.0, 0.9, 0.9, 0.95), make_recipe())
+    assert best_epoch(epochs_of(1.0, 0.9, 0.9)) == 2
 
 
 def test_the_best_weights_are_kept_and_the_run_stops(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -267,8 +307,40 @@ def test_the_best_weights_are_kept_and_the_run_stops(split: Split, tmp_path: Pat
     monkeypatch.setattr(train, "write_checkpoint", lambda _, checkpoint: written.append(checkpoint))
     start = train.Start(recipe, ("dark", "bright"), "data", "digest", "command", "hardware")
     assert len(list(train.train(tmp_path, start, split, split, CPU, split))) == 4
+    assert [checkpoint.is_finished for checkpoint in written] == [False, False, False, True]
+    assert written[-1].weights_in_words == "those after epoch 2, the best of 4 on the validation part"
     assert torch.equal(written[-1].weights["0.weight"], written[1].best["0.weight"])
     assert not torch.equal(written[-1].weights["0.weight"], written[-1].network["0.weight"])
+
+
+def test_a_last_batch_of_few_images_has_fewer_pieces(split: Split):
+    # Batches of 7, 7 and 2 images. Of a piece of one image a normalisation may know no variance, of none nothing.
+    network, sizes = small(), []
+    network.register_forward_pre_hook(lambda _, taken: sizes.append(len(taken[0])))
+    learner = train.Learner(network, 2, make_recipe(**PLAIN | {"batch_size": 7, "accumulate": 3}), CPU)
+    train.train_epoch(learner, split, 1)
+    assert sizes == [3, 2, 2, 3, 2, 2, 2]
+
+
+def test_every_process_needs_images_of_each_batch():
+    with pytest.raises(RecipeError, match=r"--batch-size 7: 2 processes need two images or more each for each of 2"):
+        train.Learner(small(), 2, make_recipe(batch_size=7, accumulate=2), CPU, ranks=Ranks(0, 2))
+
+
+class Second(Ranks):
+    """One of two processes, whose own measurements are not those that count."""
+
+    def share(self, value: Any) -> Any:
+        return replace(value, validation_loss=float(value.epoch))
+
+
+def test_all_processes_stop_by_the_figures_of_the_first(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = make_recipe(**PLAIN | {"epochs": 5, "patience": 1, "validation_fraction": 0.5})
+    monkeypatch.setattr(train, "build", lambda *_, **__: small())
+    monkeypatch.setattr(train, "write_checkpoint", lambda *_: None)
+    start = train.Start(recipe, ("dark", "bright"), "data", "digest", "command", "hardware")
+    history = list(train.train(tmp_path, start, split, split, CPU, split, ranks=Second()))
+    assert [epoch.validation_loss for epoch in history] == [1, 2]
 
 
 def test_patience_needs_images_to_stop_by():

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from app.images import decode
 from app.manifest import PixelRecipe
 from tests.training.photos import SECRET, encoded, exif_of, photo, private_photo
-from training.metadata import EXIF_ORIENTATION, without_metadata
+from training.data.metadata import EXIF_ORIENTATION, without_metadata
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = sorted((ROOT / "models").glob("*/*/golden/verbatim-*")) + sorted((ROOT / "examples" / "photos").glob("*.jpg"))

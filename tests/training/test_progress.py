@@ -42,3 +42,11 @@ def test_what_is_quickly_done_leaves_no_line_in_a_log(capsys):
 )
 def test_a_span_of_time_is_told_as_people_say_it(seconds, words):
     assert duration(seconds) == words
+
+
+def test_what_nobody_knows_the_length_of_is_counted_all_the_same(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(progress, "time", Clock())
+    with counting("Fetching", 0) as advance:
+        for _ in range(3):
+            advance(1500)
+    assert capsys.readouterr().err.splitlines() == ["Fetching: 3,000  "]

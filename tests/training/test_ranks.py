@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.ranks import ALONE, Ranks
+from training.learning.ranks import ALONE, Ranks
 from training.runs import read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent

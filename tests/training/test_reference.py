@@ -6,8 +6,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from app.trust import Histogram
-from training.listing import Picture
-from training.reference import SHARES, describe, entropy_of, histogram, luma_of
+from training.data.listing import Picture
+from training.trust.reference import SHARES, describe, entropy_of, histogram, luma_of
 
 
 def test_a_histogram_loses_nothing():

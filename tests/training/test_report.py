@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.calibration import calibration_error
-from training.data import Split
+from training.data.arrays import Split
+from training.data.listing import Picture
 from training.evaluate import worst_mistakes
-from training.listing import Picture
 from training.recipes import Recipe
 from training.report import sections
 from training.report.charts import Line, line_chart, nice_ticks
@@ -19,6 +18,7 @@ from training.report.markup import Markup, element
 from training.report.page import Told, page, write_report
 from training.report.sources import counted, told_of
 from training.runs import Epoch
+from training.trust.calibration import calibration_error
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTILE = "<script>alert('x')</script> & \"co\""

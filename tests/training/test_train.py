@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import cli, commands, data, runs, train
+from training import cli, commands, runs, train
+from training.data import arrays as data
 from training.errors import RecipeError
 from training.recipes import make_recipe
 from training.runs import read_checkpoint
@@ -150,7 +151,7 @@ def test_there_must_be_a_run_to_resume(tree: Path, tmp_path: Path, capsys: pytes
     assert "checkpoint.pt does not exist: no epoch of this run was finished." in sentence(capsys)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-500], lambda data: b"", lambda data: b"\x80\x02oops"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-500], lambda data: b"", lambda data: b"."])
 def test_a_damaged_checkpoint_is_named(
     one_epoch: Path, tree: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
 ):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 
 from app.golden import prove
 from app.manifest import DATA_CARD_FILE, read_bundle
-from training import cli
-from training.cards import compare, read_card
+from training import classifiers, cli
 from training.classifiers import onnx_run
-from training.data import read_listing
+from training.commands.flags import recipe_of
+from training.data.arrays import read_listing
+from training.data.cards import compare, read_card
+from training.errors import RecipeError
 from training.names import check_name, name_of
 from training.recipes import Recipe, flag
 
@@ -134,3 +137,26 @@ def test_a_fault_is_one_sentence_and_exit_code_2(
 def test_a_run_is_named_after_its_data(data: str, name: str):
     assert name_of(Path(data)) == name
     check_name(name)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main(["predict", "model", "photo.jpg"]) == 2
+    assert capsys.readouterr().err == (
+        "convoy-train: rich is not installed here: `make training` sets up all it needs.\n"
+    )
+
+
+def test_too_little_memory_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def too_large(*_: object) -> None:
+        raise MemoryError("Unable to allocate 7.01 GiB")
+
+    monkeypatch.setattr(classifiers, "open_classifier", too_large)
+    assert cli.main(["predict", "model", "photo.jpg", "--device=cpu"]) == 2
+    assert "Memory is too small for this (Unable to allocate 7.01 GiB)" in capsys.readouterr().err
+
+
+def test_a_warmup_that_would_not_happen_is_refused():
+    assert recipe_of(Namespace(warmup="0.1", schedule="cosine"), None).warmup == 0.1
+    with pytest.raises(RecipeError, match="--warmup: a constant --schedule does not rise"):
+        recipe_of(Namespace(warmup="0.1"), None)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from tests.training.test_calibration import draw
-from training.calibration import fit_temperature
-from training.data import Split
-from training.listing import Picture
-from training.trust import Evidence, Strangers, Trust, assess, halves
+from training.data.arrays import Split
+from training.data.listing import Picture
+from training.trust.calibration import fit_temperature
+from training.trust.fitted import Evidence, Strangers, Trust, assess, halves
 
 
 def split_of(logits: np.ndarray, labels: np.ndarray) -> Split:

@@ -20,9 +20,9 @@ from training.checks.findings import (
     parts_of,
 )
 from training.checks.looks import Survey, survey
-from training.data import read_listing
+from training.data.arrays import read_listing
+from training.data.listing import TEST, TRAIN, Listing
 from training.errors import DataError, SurgeryError
-from training.listing import TEST, TRAIN, Listing
 
 
 def check(data: Path, model: Path | None, test_fraction: float, seed: int, *, with_near: bool = True) -> Checked:

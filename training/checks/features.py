@@ -17,13 +17,13 @@ from app.cpus import usable_cpus
 from app.golden import Run
 from app.manifest import MANIFEST_FILE, PixelRecipe, read_bundle, verify_files
 from training.classifiers import onnx_run, servable_of
-from training.data import decode_picture
+from training.data.arrays import decode_picture
+from training.data.listing import Picture
 from training.errors import RunError
 from training.export import write_graph
-from training.listing import Picture
+from training.graphs.cut import FEATURES_NAME, backbone, find_cut
 from training.progress import counting
 from training.runs import is_run, read_checkpoint
-from training.surgery import FEATURES_NAME, backbone, find_cut
 
 BATCH = 64
 

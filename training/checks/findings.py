@@ -13,7 +13,7 @@ import numpy as np
 
 from training.checks.duplicates import Near
 from training.checks.looks import SUFFIXES, Look, Survey
-from training.listing import TEST, TRAIN
+from training.data.listing import TEST, TRAIN
 
 if TYPE_CHECKING:
     from training.checks.suspects import Suspect

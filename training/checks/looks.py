@@ -20,7 +20,7 @@ from app.cpus import usable_cpus
 from app.errors import ConvoyError
 from app.images import FORMATS, decode
 from app.manifest import PixelRecipe
-from training.listing import Picture
+from training.data.listing import Picture
 from training.progress import counting
 
 SIDE = 32

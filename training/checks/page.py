@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from app.images import FORMATS
 from training.atomic import replacing
 from training.checks.findings import KINDS, Checked, Finding, Kind
-from training.listing import Picture
+from training.data.listing import Picture
 
 SHOWN = 200
 """Findings of a kind that are shown; all are in the JSON."""

@@ -1,8 +1,12 @@
-"""Airbench's network on CIFAR-10: 89.78 % after 10 epochs, in 1463 s.
+"""Airbench's network on CIFAR-10: 90.2 % after 16 epochs, in half an hour on two CPU cores.
 
-On the 10,000 test images, trained on all 50,000 training images (JPEG copies at quality 75); n=1, seed 0; 2 CPU cores
-that other work shared, in bfloat16, torch==2.13.0. The paper's 94 % are of the images before they were compressed,
-with the answers to six views of each joined.
+On the 10,000 test images, trained on all 50,000 training images (JPEG copies at quality 75): 90.41 % from seed 0 in
+1,739 s of training, 90.04 % from seed 1 in 2,045 s; 2 CPU cores with bfloat16 units that other work shared,
+torch==2.13.0. Of one view of each image, as served. The paper's 94 % are of the images before they were compressed, with
+the answers to six views joined.
+
+Twice the paper's epochs, shifts by three pixels for two, and squares of eight covered: ten epochs without were 89.78 %,
+with 97 % of the training images known by heart.
 """
 
 from training.claims.claim import Claim
@@ -10,7 +14,7 @@ from training.recipes import make_recipe
 
 RECIPE = make_recipe(
     network="airbench94",
-    epochs=10,
+    epochs=16,
     batch_size=2000,
     optimizer="muon",
     learning_rate=0.24,
@@ -26,16 +30,17 @@ RECIPE = make_recipe(
     shear=0,
     zoom=0,
     alternate_flip=True,
-    shift=2,
+    shift=3,
+    cutout=8,
     dropout=0,
 )
 CLAIM = Claim(
     data="CIFAR-10, JPEG copies at quality 75",
     train_images=50_000,
     test_images=10_000,
-    accuracy=0.8978,
-    deviation=None,
-    runs=1,
-    seconds=1463,
+    accuracy=0.90225,
+    deviation=0.0026,
+    runs=2,
+    seconds=1892,
     hardware="2 CPU cores (x86_64) with AVX-512 BF16 that other work shared, torch 2.13.0",
 )

@@ -16,8 +16,8 @@ from training.recipes import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from training.data import Split
-    from training.listing import Listing
+    from training.data.arrays import Split
+    from training.data.listing import Listing
 
 
 def add(commands: Any) -> None:
@@ -43,9 +43,13 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from training.data import load_split, read_listing
-    from training.devices import choose_device, describe
+    from training.atomic import can_be_written
+    from training.data.arrays import load_split, read_listing
+    from training.learning.devices import choose_device, describe
 
+    path = options.out or Path(f"bench-{options.recipe}.json")
+    if not can_be_written(path.parent):
+        raise ClaimError(f"{path} cannot be written: name another file by --out.")
     device = choose_device(options.device)
     recipe, claim = named(options.recipe)
     listing = read_listing(options.data).split(recipe.test_fraction, recipe.seed)
@@ -65,7 +69,6 @@ def _run(options: argparse.Namespace) -> None:
             f"{duration(trial.seconds)}, {trial.images_per_s:,.0f} images/s"
         )
     verdict = judge(trials, claim)
-    path = options.out or Path(f"bench-{options.recipe}.json")
     _write(path, options, claim, trials, verdict, listing.digest, describe(device))
     Console().print(_table(claim, verdict, len(trials), describe(device)))
     _tell(options.recipe, claim, verdict)

@@ -5,18 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.atomic import can_be_written
 from training.errors import ExportError
 from training.names import check_name, check_version, next_version
 from training.progress import say
 
 if TYPE_CHECKING:
     from app.manifest import Manifest, PixelRecipe
-    from training.cards import DataCard
-    from training.data import Split
+    from training.data.arrays import Split
+    from training.data.cards import DataCard
+    from training.data.listing import Listing, Picture
     from training.export import Exported, Offer
-    from training.listing import Listing, Picture
     from training.servable import Servable
-    from training.trust import Strangers
+    from training.trust.fitted import Strangers
 
 MOST_STRANGERS = 1000
 
@@ -34,9 +35,10 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     add_evidence(parser)
 
 
-def add_place(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the bundle goes."""
-    parser.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles are kept (%(default)s)")
+def add_place(parser: argparse.ArgumentParser, models_dir: Path | None = Path("models")) -> None:
+    """Add the flags that say where the bundle goes; without a folder by default, beside the one that is given."""
+    kept = models_dir or "where the bundle is"
+    parser.add_argument("--models-dir", type=Path, default=models_dir, help=f"where bundles are kept ({kept})")
     parser.add_argument("--version", help="a whole number; default: the next free one")
     parser.add_argument("--force", action="store_true", help="replace the version if it exists")
 
@@ -91,7 +93,7 @@ def card_of(
         is_trained_on: False where the model was only measured on it.
         unknown: what is not known, a sentence each.
     """
-    from training.cards import UNKNOWN, describe
+    from training.data.cards import UNKNOWN, describe
 
     return describe(
         listing,
@@ -116,21 +118,23 @@ def version_of(options: argparse.Namespace, name: str) -> str:
             f"{options.models_dir / name / version} exists: leave --version out for the next free one, "
             "or replace it with --force."
         )
+    if not can_be_written(options.models_dir / name):
+        raise ExportError(f"{options.models_dir / name} cannot be written: name another folder by --models-dir.")
     return version
 
 
 def golden_photos(options: argparse.Namespace) -> "tuple[Picture, ...]":
     """Return the photos that the golden set is to be made from; none: those of the split."""
-    from training.trees import read_photos
+    from training.data.trees import read_photos
 
     return () if options.golden_from is None else read_photos(options.golden_from)
 
 
 def strangers(options: argparse.Namespace, pixels: "PixelRecipe") -> "tuple[Strangers, ...]":
     """Return the images of `--unfamiliar`, up to 1,000 of each folder, at even distances."""
-    from training.data import load_split
-    from training.trees import read_photos_below
-    from training.trust import Strangers
+    from training.data.arrays import load_split
+    from training.data.trees import read_photos_below
+    from training.trust.fitted import Strangers
 
     found = []
     for folder in options.unfamiliar:
@@ -169,7 +173,7 @@ def write(
 ) -> None:
     """Export, and say what was measured."""
     from training.export import export
-    from training.trust import Evidence
+    from training.trust.fitted import Evidence
 
     target = options.models_dir / offer.name / offer.version
     evidence = Evidence(held_out, strangers=strangers(options, offer.pixels), calibrate=options.calibrate)

@@ -6,6 +6,7 @@ from typing import Any
 
 from training.commands.bundles import add_evidence, add_place, describe_trust, strangers, version_of
 from training.commands.flags import DATA_HELP, add_cache
+from training.errors import ExportError
 from training.progress import say
 
 
@@ -15,25 +16,30 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_run)
     parser.add_argument("model", type=Path, metavar="bundle", help="bundle directory")
     parser.add_argument("--data", type=Path, required=True, help=f"{DATA_HELP}; images it was not trained on")
-    add_place(parser)
-    parser.set_defaults(models_dir=None)
+    add_place(parser, models_dir=None)
     add_evidence(parser)
     add_cache(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
     from app.manifest import read_bundle, verify_files
-    from training.calibrate import recalibrate
     from training.classifiers import origin_told
-    from training.data import load_split, read_listing
-    from training.listing import choose_part, validation_of
-    from training.trust import Evidence
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import choose_part, validation_of
+    from training.trust.calibrate import recalibrate
+    from training.trust.fitted import Evidence
 
     bundle = read_bundle(options.model)
     verify_files(bundle)
     manifest = bundle.manifest
     if options.models_dir is None:
-        options.models_dir = options.model.resolve().parent.parent
+        name, models_dir = options.model.resolve().parent.name, options.model.resolve().parent.parent
+        if name != manifest.name:
+            raise ExportError(
+                f"{options.model} is not in a folder {manifest.name}/, where the new version would lie beside it: "
+                "say by --models-dir where it is to go."
+            )
+        options.models_dir = models_dir
     version = version_of(options, manifest.name)
     origin = origin_told(bundle)
     listing = read_listing(options.data).relabelled(manifest.labels)

@@ -36,8 +36,8 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from app.manifest import add_data_card, read_bundle
     from training.classifiers import origin_told
-    from training.data import read_listing
-    from training.listing import kept_from_training
+    from training.data.arrays import read_listing
+    from training.data.listing import kept_from_training
 
     bundle = read_bundle(options.bundle)
     listing = read_listing(options.data).relabelled(bundle.manifest.labels)

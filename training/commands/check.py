@@ -99,8 +99,8 @@ def _summarise(checked: "Checked", seconds: float, options: argparse.Namespace) 
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from training.cards import compare, read_card
-    from training.data import read_listing
+    from training.data.arrays import read_listing
+    from training.data.cards import compare, read_card
 
     compared = compare(read_card(options.card), read_listing(options.data), options.data)
     if options.json:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from app.manifest import Bundle, PixelRecipe
     from training.compress.beside import Measured
     from training.compress.int8 import Attempt, Quantiser
-    from training.data import Split
-    from training.listing import Picture
+    from training.data.arrays import Split
+    from training.data.listing import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class _Task:
 def _task(options: argparse.Namespace, method: str) -> _Task:
     from app.manifest import read_bundle, verify_files
     from training.classifiers import origin_told
-    from training.data import load_split, read_listing
-    from training.listing import ALL, TEST, TRAIN, choose_part, validation_of
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import ALL, TEST, TRAIN, choose_part, validation_of
 
     parent = read_bundle(options.model)
     verify_files(parent)
@@ -116,8 +116,8 @@ def _calibration_images(options: argparse.Namespace, task: _Task) -> "tuple[Spli
     Raises:
         CompressError: the data has none to spare.
     """
-    from training.data import load_split
-    from training.trees import read_photos
+    from training.data.arrays import load_split
+    from training.data.trees import read_photos
 
     pictures = task.spare if options.calibrate_on is None else read_photos(options.calibrate_on)
     if not pictures:
@@ -174,7 +174,7 @@ def run_fp16(options: argparse.Namespace) -> None:
     from training.classifiers import onnx_run
     from training.compress.fp16 import SPEED_NOTE, halve
     from training.compress.table import check_bound
-    from training.head import with_temperature
+    from training.graphs.ending import with_temperature
 
     task = _task(options, "fp16")
     before = task.measured_parent()
@@ -183,7 +183,6 @@ def run_fp16(options: argparse.Namespace) -> None:
         halve(task.parent.model_path, model)
         after = task.measured(model)
         check_bound(before.accuracy, after.accuracy, options.max_loss)
-        details = {"weights": "float16", "activations": "float16", "note": SPEED_NOTE}
         details = {"weights": "float16", "activations": "float16", "note": SPEED_NOTE}
 
         def otherwise(_: Path, temperature: float) -> "Run":
@@ -211,12 +210,12 @@ def _finish(
     import onnx
     from rich.console import Console
 
-    from training.calibrate import calibrate_graph
     from training.commands.bundles import describe_trust, strangers
     from training.compress.beside import record_of, rows_of
     from training.compress.bundles import Child, write_child
     from training.compress.table import comparison_table, in_words
-    from training.trust import Evidence
+    from training.trust.calibrate import calibrate_graph
+    from training.trust.fitted import Evidence
 
     before, after = measured
     evidence = Evidence(task.held_out, strangers=strangers(options, task.pixels), calibrate=options.calibrate)

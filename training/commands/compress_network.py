@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands.bundles import card_of, golden_photos, version_of, write
-from training.commands.flags import data_of, recipe_of
+from training.commands.flags import data_of, knobs_given, recipe_of
+from training.errors import CompressError
 from training.progress import say
+from training.recipes import PIXEL_KNOBS, flag
 
 if TYPE_CHECKING:
-    from app.manifest import Bundle
-    from training.cards import DataCard
-    from training.data import Split
+    from app.manifest import Bundle, Manifest
+    from training.data.arrays import Split
+    from training.data.cards import DataCard
     from training.recipes import Recipe
     from training.runs import Epoch
     from training.servable import Servable
 
+DIVISION_KNOBS = ("test_fraction", "validation_fraction", "seed")
+"""What a run's images were divided by: with another the pruned network would be measured on images trained on."""
 WEIGHED = 1000
 """Training images that channels are weighed by."""
 
@@ -48,10 +52,10 @@ def run_prune(options: argparse.Namespace) -> None:
     from training.classifiers import origin_of, servable_of
     from training.compress.distilling import asked_in_torch
     from training.compress.pruning import prune
-    from training.data import load_split, read_listing
-    from training.devices import choose_device, describe
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import kept_from_training
     from training.export import write_graph
-    from training.listing import kept_from_training
+    from training.learning.devices import choose_device, describe
     from training.runs import CHECKPOINT_FILE, read_checkpoint
     from training.servable import Servable
     from training.train import Teacher, fit
@@ -62,6 +66,8 @@ def run_prune(options: argparse.Namespace) -> None:
     options.version = version_of(options, options.name)
     golden_photos(options)
     device, recipe = choose_device(options.device), recipe_of(options, checkpoint)
+    _check_same(recipe, checkpoint.recipe)
+    _check_goes_to_the_end(options)
     data = data_of(options.model, options.data)
     origin = origin_of(checkpoint)
     whole = read_listing(data).relabelled(checkpoint.classes)
@@ -102,7 +108,7 @@ def run_prune(options: argparse.Namespace) -> None:
                 },
             },
             beside={run_name: graph},
-            training=_story(recipe, history, str(data), checkpoint.data_digest, describe(device), options),
+            training=_story(recipe, history, str(data), listing.digest, describe(device), options),
             source=options.source or f"Trained on {checkpoint.data} by convoy-train, then pruned.",
             licence=options.licence,
             card=card_of(options, listing, recipe.pixels, data, drawn, source=options.source),
@@ -118,9 +124,8 @@ def run_distil(options: argparse.Namespace) -> None:
     from app.manifest import read_bundle, verify_files
     from training.classifiers import onnx_run
     from training.compress.distilling import asked_of
-    from training.data import load_split, read_listing
-    from training.devices import choose_device, describe
-    from training.errors import CompressError
+    from training.data.arrays import load_split, read_listing
+    from training.learning.devices import choose_device, describe
     from training.nets import build
     from training.servable import Servable
     from training.train import SetByData, Teacher, check_network, first_look, fit
@@ -129,11 +134,15 @@ def run_distil(options: argparse.Namespace) -> None:
     verify_files(teacher_bundle)
     manifest = teacher_bundle.manifest
     recipe = recipe_of(options, checkpoint=None)
+    _check_goes_to_the_end(options)
     if (manifest.pixels.height, manifest.pixels.width) != (recipe.size, recipe.size):
         raise CompressError(
             f"The teacher {options.model} sees {manifest.pixels.height}×{manifest.pixels.width} pixels, the student "
             f"{recipe.size}×{recipe.size}: give both the same --size, for they look at the same images."
         )
+    others = {path: read_bundle(path) for path in options.beside}
+    for path, bundle in {options.model: teacher_bundle, **others}.items():
+        _check_sees_alike(path, bundle.manifest, recipe, manifest.labels)
     options.name = options.name or f"{recipe.network.replace('_', '-')}-distilled"
     options.version = version_of(options, options.name)
     golden_photos(options)
@@ -154,7 +163,7 @@ def run_distil(options: argparse.Namespace) -> None:
     say(f"Training {recipe.network} for {recipe.epochs} epochs with {options.model} as teacher ({describe(device)}).")
     history = _told(fit(network, len(labels), recipe, train_split, test_split, device, teacher=teacher), recipe)
     beside = {f"{manifest.name}/{manifest.version}": teacher_bundle.model_path}
-    beside |= {str(path): read_bundle(path).model_path for path in options.beside}
+    beside |= {str(path): bundle.model_path for path, bundle in others.items()}
     trained = _Trained(
         servable=Servable(network.cpu(), recipe).eval(),
         recipe=recipe,
@@ -170,6 +179,38 @@ def run_distil(options: argparse.Namespace) -> None:
         held_out=load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None,
     )
     _finish(trained, options)
+
+
+def _check_same(recipe: "Recipe", trained: "Recipe") -> None:
+    """Refuse knobs that a pruned network has no choice in.
+
+    Raises:
+        CompressError: one says how the network or its pixels are, or which images were kept from training.
+    """
+    for knob in (*PIXEL_KNOBS, *DIVISION_KNOBS):
+        if getattr(recipe, knob) != getattr(trained, knob):
+            raise CompressError(
+                f"{flag(knob)} {getattr(recipe, knob)}: the run has {getattr(trained, knob)}, and its pruned network "
+                "and images are the same; leave it out."
+            )
+
+
+def _check_goes_to_the_end(options: argparse.Namespace) -> None:
+    if "patience" in knobs_given(options):
+        raise CompressError("--patience: `compress` trains to the last epoch and keeps its weights; leave it out.")
+
+
+def _check_sees_alike(path: Path, manifest: "Manifest", recipe: "Recipe", labels: tuple[str, ...]) -> None:
+    """Refuse a model that would be measured on other pixels than its own, or by another order of labels."""
+    if manifest.labels != labels:
+        raise CompressError(f"{path} has other labels than the teacher, so both cannot be in one table: leave it out.")
+    for field, value in manifest.pixels.model_dump().items():
+        wanted = getattr(recipe.pixels, field)
+        if value != wanted:
+            raise CompressError(
+                f"{path} has {field} {value}, and the student would have {wanted}: both look at the same images, so "
+                "give the student the same."
+            )
 
 
 def _parent_of(bundle: "Bundle", options: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +251,7 @@ def _story(
     return {
         "recipe": recipe.model_dump(mode="json"),
         "history": [asdict(epoch) for epoch in history],
-        "weights": "those after the last epoch",
+        "weights": f"{'the moving average' if recipe.ema else 'those'} after the last epoch",
         "seconds": round(sum(epoch.seconds for epoch in history), 1),
         "hardware": hardware,
         "data": data,

@@ -32,10 +32,10 @@ def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from training.classifiers import BATCH, in_batches, open_classifier
-    from training.data import load_split, read_listing
-    from training.devices import choose_device
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import choose_part
     from training.evaluate import measure_figures
-    from training.listing import choose_part
+    from training.learning.devices import choose_device
     from training.views import several_views
 
     classifier = open_classifier(options.model, choose_device(options.device))

@@ -8,6 +8,8 @@ from training.commands.bundles import add_bundle, add_card, card_of, golden_phot
 from training.commands.flags import DATA_HELP, add_cache, data_of
 from training.progress import say
 
+OTHER_DATA = "What the model was trained on, {}, is not described: it was exported with other images to measure on."
+
 
 def add(commands: Any) -> None:
     """Add the sub-command."""
@@ -27,9 +29,9 @@ def _run(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from training.classifiers import origin_of, servable_of
-    from training.data import load_split, read_listing
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import choose_part, kept_from_training, validation_of
     from training.export import Offer
-    from training.listing import choose_part, kept_from_training, validation_of
     from training.runs import read_checkpoint
 
     checkpoint = read_checkpoint(options.model)
@@ -44,13 +46,21 @@ def _run(options: argparse.Namespace) -> None:
     split = load_split(pictures, recipe.pixels, options.cache_dir)
     held_out = validation_of(listing, data, origin)
     held_out_split = load_split(held_out, recipe.pixels, options.cache_dir) if held_out else None
-    finished = len(checkpoint.history)
-    is_finished = finished == recipe.epochs
-    weights = "those after the last epoch" if is_finished else f"those after epoch {finished} of {recipe.epochs}"
-    if not is_finished:
+    weights = checkpoint.weights_in_words
+    if not checkpoint.is_finished:
         say(f"Note: the run is not finished; the weights are {weights}.")
     drawn = (origin.test_fraction, origin.seed) if listing.test is None else None
-    card = card_of(options, divided, recipe.pixels, data, drawn, source=options.source)
+    is_trained_on = divided.digest == origin.digest
+    card = card_of(
+        options,
+        divided,
+        recipe.pixels,
+        data,
+        drawn if is_trained_on else None,
+        source=options.source if is_trained_on else None,
+        is_trained_on=is_trained_on,
+        unknown=() if is_trained_on else (OTHER_DATA.format(checkpoint.data),),
+    )
     offer = Offer(
         name=name,
         version=version,

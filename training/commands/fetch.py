@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from training.fetch import ARCHIVES, fetch
+    from training.data.fetch import ARCHIVES, fetch
 
     path = fetch(ARCHIVES[options.dataset], options.into)
     say(f"{path} is the published archive: train on it with `convoy-train train --data {path}`.")

@@ -60,13 +60,13 @@ def _run(options: argparse.Namespace) -> None:
     import onnx
     import torch
 
-    from training.data import load_split, read_listing
-    from training.devices import describe
+    from training.data.arrays import load_split, read_listing
+    from training.data.listing import Listing
     from training.export import Offer, export_graph
-    from training.fewshot import draw_shots, open_backbone
-    from training.heads import HEADS
-    from training.listing import Listing
-    from training.trust import Evidence
+    from training.learning.devices import describe
+    from training.transfer.fewshot import draw_shots, open_backbone
+    from training.transfer.heads import HEADS
+    from training.trust.fitted import Evidence
 
     name = name_of(options.data) if options.name is None else options.name
     version = version_of(options, name)

@@ -29,9 +29,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from training.data import load_split, read_listing
-    from training.devices import choose_device
-    from training.rates import best_rate, try_rates
+    from training.data.arrays import load_split, read_listing
+    from training.learning.devices import choose_device
+    from training.learning.rates import best_rate, try_rates
     from training.train import check_network
 
     recipe = recipe_of(options, None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from training.claims import named_recipe
-from training.errors import RunError
+from training.errors import RecipeError, RunError
 from training.recipes import Recipe, flag, make_recipe
 
 if TYPE_CHECKING:
@@ -74,11 +74,17 @@ def recipe_of(
     """Return the recipe of the flags that were given, upon a named one, upon the run's own where one is resumed.
 
     `defaults` are what a run that is not resumed stands on instead, such as those of the weights it begins from.
+
+    Raises:
+        RecipeError: a knob is impossible, or would change nothing.
     """
     stored = dict(defaults or {}) if checkpoint is None else checkpoint.recipe.model_dump()
     name = getattr(options, "recipe", None)
     named = {} if name is None else named_recipe(name).model_dump()
-    return make_recipe(**(stored | named | knobs_given(options)))
+    recipe = make_recipe(**(stored | named | knobs_given(options)))
+    if recipe.warmup and recipe.schedule == "constant":
+        raise RecipeError("--warmup: a constant --schedule does not rise; give one-cycle or cosine with it.")
+    return recipe
 
 
 def knobs_given(options: argparse.Namespace) -> dict[str, Any]:

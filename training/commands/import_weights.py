@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from training.data import load_split, read_listing
+    from training.data.arrays import load_split, read_listing
     from training.export import Offer
     from training.published import read_labels, read_network
     from training.servable import Servable

@@ -21,8 +21,8 @@ def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from training.classifiers import open_classifier
-    from training.devices import choose_device
     from training.evaluate import predict, prediction_table
+    from training.learning.devices import choose_device
 
     classifier = open_classifier(options.model, choose_device(options.device))
     probabilities = predict(classifier, options.files)

@@ -16,10 +16,10 @@ from training.recipes import Recipe, flag
 if TYPE_CHECKING:
     import torch
 
-    from training.backbones import Beginning
-    from training.data import Split
-    from training.ranks import Ranks
+    from training.data.arrays import Split
+    from training.learning.ranks import Ranks
     from training.runs import Checkpoint, Epoch
+    from training.transfer.backbones import Beginning
 
 
 FINE_TUNING: dict[str, Any] = {"frozen_epochs": 3, "backbone_rate": 0.1, "keep_statistics": True}
@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from training.devices import choose_device
-    from training.ranks import joined
+    from training.learning.devices import choose_device
+    from training.learning.ranks import joined
     from training.runs import locked
 
     name = name_of(options.data) if options.name is None else options.name
@@ -67,12 +67,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _train_into(directory: Path, options: argparse.Namespace, device: "torch.device", ranks: "Ranks") -> None:
-    from training.backbones import begun
-    from training.data import load_split, read_listing
-    from training.devices import describe
+    from training.data.arrays import load_split, read_listing
     from training.events import Events
+    from training.learning.devices import describe
     from training.runs import match_run
     from training.train import Start, check_network, train
+    from training.transfer.backbones import begun
 
     checkpoint = ranks.share(_begun(directory, options, ranks) if ranks.first else None)
     beginning = None if checkpoint is not None else _beginning(options)
@@ -106,19 +106,20 @@ def _train_into(directory: Path, options: argparse.Namespace, device: "torch.dev
     if start.begun_from:
         tell(f"It began from the {start.begun_from}.")
     finished = begun_after = 0 if checkpoint is None else len(checkpoint.history)
-    events, begun_at = Events(directory, () if checkpoint is None else checkpoint.history), time.monotonic()
+    events = Events(directory, () if checkpoint is None else checkpoint.history) if ranks.first else None
+    begun_at = time.monotonic()
     try:
         for epoch in train(directory, start, train_split, test_split, device, validation_split, ranks):
             finished = epoch.epoch
             left = (time.monotonic() - begun_at) / (finished - begun_after) * (recipe.epochs - finished)
             tell(f"{_line(epoch, recipe)}{f', {duration(left)} left' if left else ''}")
-            if ranks.first:
+            if events is not None:
                 events.append(epoch)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(directory, finished, recipe.epochs, options.command_line)) from None
     if ranks.first:
-        _draw_run(directory, test_split, device, options.command_line)
-        say(f"Done: {directory} holds the weights after epoch {finished} of {recipe.epochs}, and a report of the run.")
+        told = _draw_run(directory, test_split, device, options.command_line)
+        say(f"Done: the weights in {directory} are {told}; report.html tells of the run.")
 
 
 def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Checkpoint | None":
@@ -133,7 +134,7 @@ def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Che
 
 
 def _beginning(options: argparse.Namespace) -> "Beginning | None":
-    from training.backbones import read_beginning
+    from training.transfer.backbones import read_beginning
 
     if options.begun_from is not None and options.recipe is not None:
         raise RecipeError("--recipe: with --from the network and its pixels are those of the weights; leave it out.")
@@ -167,7 +168,8 @@ def _how_to_resume(directory: Path, finished: int, epochs: int, command_line: st
     return f"interrupted; {directory}/checkpoint.pt holds epoch {finished} of {epochs}: continue with `{again}`."
 
 
-def _draw_run(directory: Path, split: "Split", device: "torch.device", command: str) -> None:
+def _draw_run(directory: Path, split: "Split", device: "torch.device", command: str) -> str:
+    """Draw the run's pictures, write its report, and say which weights both are of."""
     from training.classifiers import open_classifier
     from training.evaluate import measure_figures
     from training.pictures import draw_confusion, draw_curves, draw_mistakes
@@ -184,3 +186,4 @@ def _draw_run(directory: Path, split: "Split", device: "torch.device", command: 
     draw_mistakes(split, probabilities, classifier.labels, directory)
     told = told_of(directory, data=Path(checkpoint.data), measured=words, command=command)
     write_report(directory, told, split, probabilities, classifier.labels)
+    return checkpoint.weights_in_words

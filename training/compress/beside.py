@@ -16,7 +16,7 @@ from training.classifiers import BATCH, in_batches, onnx_run
 from training.compress.speed import measure_in_turns
 from training.compress.table import Row, in_words
 from training.costs import costs_of
-from training.data import Split
+from training.data.arrays import Split
 from training.evaluate import measure_figures
 
 

@@ -54,7 +54,6 @@ def write_child(parent: Bundle, child: Child, target: Path) -> Bundle:
         BundleError: the bundle does not prove itself; nothing is written.
     """
     manifest = parent.manifest
-    card = manifest.data_card
     names = [Path(image.file).name for image in manifest.golden.images]
     images = dict(zip(names, parent.golden_bytes(), strict=True))
     run = onnx_run(child.model)
@@ -105,5 +104,5 @@ def write_child(parent: Bundle, child: Child, target: Path) -> Bundle:
         images,
         probabilities,
         check=lambda written: prove(written, onnx_run(written.model_path)),
-        data_card=None if card is None else (parent.directory / card.file).read_bytes(),
+        data_card=parent.data_card_bytes(),
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 
 from app import runtime
-from training.compress.layers import around_network, weighted_nodes
 from training.errors import CompressError
-from training.head import plain
+from training.graphs.ending import plain
+from training.graphs.parts import around_network, weighted_nodes
 
 SPEED_NOTE = (
     "FP16 is for GPUs that compute in half precision: on a CPU the bundle is only smaller, and speed is not claimed."

@@ -22,9 +22,9 @@ from app import runtime
 from app.golden import Run
 from app.manifest import INPUT_NAME, OUTPUT_NAME
 from training.classifiers import in_batches, onnx_run
-from training.compress.layers import WEIGHTED, around_network, name_nodes, weighted_nodes
 from training.errors import CompressError
-from training.head import plain
+from training.graphs.ending import plain
+from training.graphs.parts import WEIGHTED, around_network, name_nodes, weighted_nodes
 from training.progress import counting
 
 Method = Literal["minmax", "entropy", "percentile"]

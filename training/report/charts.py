@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.calibration import Bin
 from training.report.markup import Markup, element, joined
+from training.trust.calibration import Bin
 
 Format = Callable[[float], str]
 

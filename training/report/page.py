@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from app import __version__
 from training.atomic import replacing
-from training.calibration import calibration_error, reliability
-from training.data import Split
+from training.data.arrays import Split
 from training.evaluate import measure_figures
 from training.report import sections
 from training.report.markup import Markup, element
 from training.runs import REPORT_FILE, Epoch
+from training.trust.calibration import calibration_error, reliability
 
 
 @dataclass(frozen=True, slots=True)

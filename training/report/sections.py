@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.calibration import Bin
-from training.data import Split
+from training.data.arrays import Split
 from training.evaluate import Figures, worst_mistakes
 from training.recipes import Recipe
 from training.report.charts import MOST_NAMED, Line, data_uri, heat_map, line_chart, reliability_diagram
 from training.report.markup import Markup, element, joined
 from training.runs import Epoch
+from training.trust.calibration import Bin
 
 MISTAKES = 40
 FREQUENT_CONFUSIONS = 12

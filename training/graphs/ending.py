@@ -9,16 +9,16 @@ pruner. Knows no numbers but T, and runs nothing.
 ```
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from app.manifest import ENERGY_NAME, OUTPUT_NAME
 from training.errors import ExportError
+from training.graphs.parts import copied, element_type, keep, makers, output
 
 LOGITS_NAME = "calibration.logits"
 """Not plainly `logits`: a network may have a tensor of that name already."""
@@ -39,28 +39,27 @@ def temperature_of(graph: onnx.ModelProto) -> float:
 
 def plain(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy without our temperature and energy: what the network itself answers, at T = 1."""
-    copy = _copy(graph)
+    copy = copied(graph)
     softmax = _softmax(copy)
     softmax.input[0] = _logits(copy)
-    _keep(copy, (node for node in copy.graph.node if not _OURS & set(node.output)))
-    for tensor in [tensor for tensor in copy.graph.initializer if tensor.name in _OURS]:
-        copy.graph.initializer.remove(tensor)
-    for output in [output for output in copy.graph.output if output.name in _OURS]:
-        copy.graph.output.remove(output)
+    keep(copy.graph, [node for node in copy.graph.node if not _OURS & set(node.output)])
+    for ours in [info for info in copy.graph.output if info.name in _OURS]:
+        copy.graph.output.remove(ours)
     return copy
 
 
 def logits_of(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy that gives the logits alone, float32 `[n, classes]`, before any temperature."""
     copy = plain(graph)
-    source, kind = _logits(copy), _kind_of_logits(copy)
+    source = _logits(copy)
+    kind = element_type(copy, source)
     nodes = [node for node in copy.graph.node if OUTPUT_NAME not in node.output]
     if kind == TensorProto.FLOAT:
         nodes.append(helper.make_node("Identity", [source], [LOGITS_NAME]))
     else:
         nodes.append(helper.make_node("Cast", [source], [LOGITS_NAME], to=TensorProto.FLOAT))
-    shape = _output(copy).type.tensor_type.shape
-    _keep(copy, nodes)
+    shape = output(copy, OUTPUT_NAME).type.tensor_type.shape
+    keep(copy.graph, nodes)
     del copy.graph.output[:]
     copy.graph.output.append(helper.make_tensor_value_info(LOGITS_NAME, TensorProto.FLOAT, None))
     copy.graph.output[0].type.tensor_type.shape.CopyFrom(shape)
@@ -83,7 +82,7 @@ def with_temperature(graph: onnx.ModelProto, temperature: float) -> onnx.ModelPr
         _MINUS_TEMPERATURE: np.array(-temperature, np.float32),
         _AXES: np.array([1], np.int64),
     }
-    if _kind_of_logits(copy) != TensorProto.FLOAT:
+    if element_type(copy, source) != TensorProto.FLOAT:
         # 16 bits would round the temperature, and the sum of a thousand exponentials may be more than they hold.
         before.append(helper.make_node("Cast", [source], [_FLOAT], to=TensorProto.FLOAT))
         source = _FLOAT
@@ -99,9 +98,9 @@ def with_temperature(graph: onnx.ModelProto, temperature: float) -> onnx.ModelPr
     nodes: list[NodeProto] = []
     for node in copy.graph.node:
         nodes += [*before, node] if node.output[0] == softmax.output[0] else [node]
-    _keep(copy, [*nodes, *energy])
     copy.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    rows = _output(copy).type.tensor_type.shape.dim[0]
+    keep(copy.graph, [*nodes, *energy])
+    rows = output(copy, OUTPUT_NAME).type.tensor_type.shape.dim[0]
     copy.graph.output.append(helper.make_tensor_value_info(ENERGY_NAME, TensorProto.FLOAT, [None]))
     copy.graph.output[-1].type.tensor_type.shape.dim[0].CopyFrom(rows)
     onnx.checker.check_model(copy, full_check=True)
@@ -117,10 +116,10 @@ def _softmax(graph: onnx.ModelProto) -> NodeProto:
     Raises:
         ExportError: there is none over the classes.
     """
-    makers = {name: node for node in graph.graph.node for name in node.output}
-    node = makers.get(OUTPUT_NAME)
+    made_by = makers(graph.graph)
+    node = made_by.get(OUTPUT_NAME)
     while node is not None and node.op_type in _TRANSPARENT:
-        node = makers.get(node.input[0])
+        node = made_by.get(node.input[0])
     if node is None or node.op_type != "Softmax" or _axis(node) not in (-1, 1):
         found = "nothing" if node is None else f"a {node.op_type}"
         raise ExportError(
@@ -136,34 +135,8 @@ def _axis(softmax: NodeProto) -> int:
 
 def _logits(graph: onnx.ModelProto) -> str:
     """Return the name of the network's logits, before a temperature and a cast of ours."""
-    makers = {name: node for node in graph.graph.node for name in node.output}
+    made_by = makers(graph.graph)
     name = _softmax(graph).input[0]
     while name in (_SCALED, _FLOAT):
-        name = makers[name].input[0]
+        name = made_by[name].input[0]
     return str(name)
-
-
-def _kind_of_logits(graph: onnx.ModelProto) -> int:
-    """Return the logits' element type; ours are float32 unless the graph says otherwise."""
-    name = _logits(graph)
-    inferred = shape_inference.infer_shapes(graph).graph
-    for value in (*inferred.value_info, *inferred.output):
-        if value.name == name:
-            return int(value.type.tensor_type.elem_type)
-    return int(TensorProto.FLOAT)
-
-
-def _output(graph: onnx.ModelProto) -> onnx.ValueInfoProto:
-    return next(output for output in graph.graph.output if output.name == OUTPUT_NAME)
-
-
-def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(graph)
-    return copy
-
-
-def _keep(graph: onnx.ModelProto, nodes: Iterable[NodeProto]) -> None:
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.graph.node[:]
-    graph.graph.node.extend(kept)

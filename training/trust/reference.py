@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.trust import Histogram, Reference
-from training.calibration import Floats
-from training.listing import Picture
-from training.metadata import EXIF_ORIENTATION
+from training.data.listing import Picture
+from training.data.metadata import EXIF_ORIENTATION
+from training.trust.calibration import Floats
 
 SHARES = np.linspace(0, 1, 21)
 LEVELS = np.linspace(0, 256, 33)

@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from training.calibration import softmax
 from training.classifiers import onnx_run
-from training.energy import energy_of
 from training.errors import ExportError
-from training.head import LOGITS_NAME, logits_of, plain, temperature_of, with_temperature
+from training.graphs.ending import LOGITS_NAME, logits_of, plain, temperature_of, with_temperature
+from training.trust.calibration import softmax
+from training.trust.energy import energy_of
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 1, 5, 3), np.uint8)
 LOGITS = (IMAGES[:, 0, :, 0] / 16).astype(np.float32)

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from app.golden import prove
 from app.images import decode
 from app.manifest import ENERGY_NAME, Bundle, write_bundle
-from training.calibration import Floats, softmax
 from training.classifiers import in_batches, onnx_run
-from training.data import Split
-from training.energy import energy_of
+from training.data.arrays import Split
 from training.errors import ExportError
 from training.golden import detected
-from training.head import LOGITS_NAME, logits_of, with_temperature
-from training.trust import Evidence, Trust, assess
+from training.graphs.ending import LOGITS_NAME, logits_of, with_temperature
+from training.trust.calibration import Floats, softmax
+from training.trust.energy import energy_of
+from training.trust.fitted import Evidence, Trust, assess
 
 BATCH = 64
 PROVED = 500
@@ -138,4 +138,5 @@ def recalibrate(
             golden,
             probabilities,
             check=lambda written: prove(written, onnx_run(written.model_path)),
+            data_card=bundle.data_card_bytes(),
         )

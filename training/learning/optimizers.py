@@ -1,6 +1,6 @@
 """Optimizers: what turns gradients into steps, by a recipe.
 
-Owns which parameters are decayed and which Muon turns. The step's size over time is `training/schedules.py`'s, which
+Owns which parameters are decayed and which Muon turns. The step's size over time is `schedules.py`'s, which
 multiplies every group's own rate.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.freezing import at_rates
+from training.learning.freezing import at_rates
 from training.recipes import Recipe
 
 ADAM_EPSILON = 1e-7

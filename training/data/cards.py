@@ -20,8 +20,8 @@ from app.cpus import usable_cpus
 from app.manifest import PixelRecipe
 from training.checks.findings import spreads_of
 from training.checks.looks import Look, look_at_file
+from training.data.listing import ALL, TEST, TRAIN, Listing, Picture
 from training.errors import DataError
-from training.listing import ALL, TEST, TRAIN, Listing, Picture
 from training.progress import counting
 
 UNKNOWN = "not stated"

@@ -21,13 +21,13 @@ from app.images import decode
 from app.manifest import MANIFEST_FILE, Bundle, read_bundle, verify_files
 from training.classifiers import onnx_run, servable_of
 from training.errors import RecipeError, WeightsError
-from training.freezing import last_dense
+from training.graphs.cut import FEATURES_NAME, above, find_cut
+from training.learning.freezing import last_dense
 from training.nets import build
 from training.published import read_network, read_state
 from training.recipes import PIXEL_KNOBS, Recipe, make_recipe
 from training.runs import is_run, read_checkpoint
 from training.servable import Normalise
-from training.surgery import FEATURES_NAME, above, find_cut
 
 LARGEST_DIFFERENCE = 1e-4
 """Of any golden probability between the bundle and the network rebuilt from it. Measured: 6e-7 for efficientnet_lite0,

@@ -4,7 +4,7 @@ Owns where a classifier's graph ends being a description of the image and begins
 graph alone, so that it works for whatever wrote it; knows nothing of images, labels or PyTorch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from app.manifest import INPUT_NAME, OUTPUT_NAME
 from training.errors import SurgeryError
+from training.graphs.parts import attribute, constants, copied, element_type, keep, makers, needed, output
 
 FEATURES_NAME = "features"
 """What the graph of a backbone gives: float32 `[n, width]`."""
@@ -58,14 +59,13 @@ def find_cut(model: onnx.ModelProto, what: str) -> Cut:
         SurgeryError: there is no such layer, or something stands after it that is more than its bias, a temperature,
             softmax or quantisation.
     """
-    makers = {output: node for node in model.graph.node for output in node.output}
-    constants = _constants(model.graph)
+    made_by, fixed = makers(model.graph), constants(model.graph)
     tensor = OUTPUT_NAME
-    while tensor in makers:
-        node = makers[tensor]
-        varying = [name for name in node.input if name and name not in constants]
-        if node.op_type in LINEAR and varying == [node.input[0]] and not _attribute(node, "transA"):
-            return Cut(features=_before_cosine(makers, node.input[0]), linear=node.name or node.output[0])
+    while tensor in made_by:
+        node = made_by[tensor]
+        varying = [name for name in node.input if name and name not in fixed]
+        if node.op_type in LINEAR and varying == [node.input[0]] and not attribute(node, "transA"):
+            return Cut(features=_before_cosine(made_by, node.input[0]), linear=node.name or node.output[0])
         if node.op_type not in PASSED or len(varying) != 1:
             raise SurgeryError(
                 f"{what} does not end in a linear layer and a softmax: {node.op_type} '{node.name or tensor}' is what "
@@ -75,12 +75,12 @@ def find_cut(model: onnx.ModelProto, what: str) -> Cut:
     raise SurgeryError(f"{what} has no linear layer before its probabilities: choose another bundle to take features.")
 
 
-def _before_cosine(makers: Mapping[str, onnx.NodeProto], tensor: str) -> str:
+def _before_cosine(made_by: Mapping[str, onnx.NodeProto], tensor: str) -> str:
     """Return what a cosine head takes: it centres and normalises the features before its linear layer."""
-    if tensor in makers and makers[tensor].op_type == "LpNormalization":
-        tensor = makers[tensor].input[0]
-        if tensor in makers and makers[tensor].op_type == "Sub":
-            tensor = makers[tensor].input[0]
+    if tensor in made_by and made_by[tensor].op_type == "LpNormalization":
+        tensor = made_by[tensor].input[0]
+        if tensor in made_by and made_by[tensor].op_type == "Sub":
+            tensor = made_by[tensor].input[0]
     return tensor
 
 
@@ -94,13 +94,11 @@ def backbone(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
 
 def above(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
     """Return what `backbone` leaves: the graph from `features`, float32 `[n, width]`, to `probabilities`."""
-    rest = onnx.ModelProto()
-    rest.CopyFrom(model)
-    entry = helper.make_node("Cast", [FEATURES_NAME], [cut.features], to=_element_type(model, cut.features))
-    _keep(rest.graph, [entry, *_needed(rest.graph.node, OUTPUT_NAME, given={cut.features})])
-    answer = next(output for output in model.graph.output if output.name == OUTPUT_NAME)
+    rest = copied(model)
+    entry = helper.make_node("Cast", [FEATURES_NAME], [cut.features], to=element_type(model, cut.features))
+    keep(rest.graph, [entry, *needed(rest.graph.node, OUTPUT_NAME, given={cut.features})])
     rest.graph.ClearField("output")
-    rest.graph.output.append(answer)
+    rest.graph.output.append(output(model, OUTPUT_NAME))
     rest.graph.ClearField("input")
     rest.graph.input.append(helper.make_tensor_value_info(FEATURES_NAME, TensorProto.FLOAT, ["n", None]))
     return rest
@@ -129,8 +127,8 @@ def graft(
     for place, (operator, inputs, attributes) in enumerate(steps):
         last = nodes[-1].output[0]
         names = [f"{prefix}.{name}" if name else last for name in inputs]
-        output = OUTPUT_NAME if place == len(steps) - 1 else f"{prefix}.{place}"
-        nodes.append(helper.make_node(operator, names, [output], f"{prefix}.{operator.lower()}.{place}", **attributes))
+        given = OUTPUT_NAME if place == len(steps) - 1 else f"{prefix}.{place}"
+        nodes.append(helper.make_node(operator, names, [given], f"{prefix}.{operator.lower()}.{place}", **attributes))
     grown.graph.node.extend(nodes)
     grown.graph.initializer.extend(
         numpy_helper.from_array(array, f"{prefix}.{name}") for name, array in weights.items()
@@ -140,68 +138,12 @@ def graft(
     return grown
 
 
-# ---------------------------------------------------------------- parts of a graph
-
-
 def _below(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     """Copy what a tensor is computed from; the copy has no output yet."""
-    below = onnx.ModelProto()
-    below.CopyFrom(model)
+    below = copied(model)
     below.graph.ClearField("output")
-    _keep(below.graph, _needed(below.graph.node, tensor, given={INPUT_NAME}))
+    keep(below.graph, needed(below.graph.node, tensor, given={INPUT_NAME}))
     return below
-
-
-def _needed(nodes: Sequence[onnx.NodeProto], tensor: str, given: set[str]) -> list[onnx.NodeProto]:
-    """Return the nodes that a tensor is computed by, in their order: ONNX demands that makers stand before takers."""
-    wanted, needed = {tensor}, []
-    for node in reversed(nodes):
-        if wanted & (set(node.output) - given):
-            needed.append(node)
-            wanted |= set(_taken(node))
-    return needed[::-1]
-
-
-def _keep(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Leave these nodes in a graph, and of its tensors those that they take."""
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    taken = {name for node in kept for name in _taken(node)}
-    tensors = [tensor for tensor in graph.initializer if tensor.name in taken]
-    kept_tensors = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
-    for field, entries in (("node", kept), ("initializer", kept_tensors)):
-        graph.ClearField(field)
-        getattr(graph, field).extend(entries)
-    graph.ClearField("value_info")
-    graph.ClearField("quantization_annotation")
-
-
-def _taken(node: onnx.NodeProto) -> Iterable[str]:
-    """Yield what a node takes, and what the graphs inside a loop or a branch take from around them."""
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in [attribute.g, *attribute.graphs]:
-            for inside in inner.node:
-                yield from _taken(inside)
-
-
-def _constants(graph: onnx.GraphProto) -> set[str]:
-    """Return every tensor that does not depend on the image."""
-    known = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        if all(name in known for name in _taken(node) if name):
-            known |= set(node.output)
-    return known
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> object:
-    return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), None)
-
-
-def _element_type(model: onnx.ModelProto, tensor: str) -> int:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    return next(
-        (info.type.tensor_type.elem_type for info in inferred.value_info if info.name == tensor), TensorProto.FLOAT
-    )
 
 
 def _free_prefix(graph: onnx.GraphProto) -> str:

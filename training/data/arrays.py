@@ -20,11 +20,11 @@ from app.errors import ConvoyError
 from app.images import decode
 from app.manifest import PixelRecipe
 from training.atomic import replacing
-from training.cifar import is_cifar, read_cifar
+from training.data.cifar import is_cifar, read_cifar
+from training.data.listing import Listing, Picture, labels_of
+from training.data.trees import read_tree
 from training.errors import DataError
-from training.listing import Listing, Picture, labels_of
 from training.progress import counting
-from training.trees import read_tree
 
 
 @dataclass(frozen=True, slots=True)

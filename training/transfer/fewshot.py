@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from app.golden import Run
 from app.manifest import Bundle, read_bundle, verify_files
 from training.classifiers import onnx_run
-from training.data import Split
+from training.data.arrays import Split
+from training.data.listing import TRAIN, Listing, Picture
 from training.errors import DataError, SurgeryError
-from training.heads import Features, Head
-from training.listing import TRAIN, Listing, Picture
+from training.graphs.cut import FEATURES_NAME, Cut, backbone, find_cut, graft
 from training.progress import counting
 from training.runs import is_run
-from training.surgery import FEATURES_NAME, Cut, backbone, find_cut, graft
+from training.transfer.heads import Features, Head
 
 BATCH = 32
 """Images whose features are computed at a time."""

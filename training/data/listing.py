@@ -126,6 +126,9 @@ class Listing:
 
         Returns:
             The listing that is left to train and test on, and the pictures held out.
+
+        Raises:
+            DataError: every class has a single image, so there is none to hold out.
         """
         held_out: set[int] = set()
         labels = np.array([picture.label for picture in self.train])
@@ -134,6 +137,11 @@ class Listing:
             count = min(max(1, round(len(members) * fraction)), max(0, len(members) - 1))
             # A number more than split() draws with: else the first to be held out would be those that came next there.
             held_out |= set(np.random.default_rng([seed, label, 1]).permutation(members)[:count].tolist())
+        if fraction and not held_out:
+            raise DataError(
+                "No class has two images to train on, so none can be held out: add images, or leave "
+                "--validation-fraction out."
+            )
         rest = replace(self, train=tuple(self.train[index] for index in range(len(labels)) if index not in held_out))
         return rest, tuple(self.train[index] for index in sorted(held_out))
 

@@ -89,6 +89,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     # torchrun's store outlives a restart, with the addresses of processes that are gone: gloo was seen to call them.
     store, rank, size = next(rendezvous("env://"))
     store = PrefixStore(f"start-{restarts}", store)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what NCCL sends objects by is the current device, which is the first's else
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Ranks(rank=rank, size=size, local=int(os.environ["LOCAL_RANK"]), restarts=restarts)

@@ -21,11 +21,11 @@ from app.trust import (
     Reference,
     Unfamiliar,
 )
-from training.calibration import Fit, Floats, Labels, fit_temperature, measure, softmax
-from training.conformal import COVERAGES, fit_threshold, label_sets
-from training.data import Split
-from training.energy import KEPT, auroc, energy_of
-from training.reference import describe
+from training.data.arrays import Split
+from training.trust.calibration import Fit, Floats, Labels, fit_temperature, measure, softmax
+from training.trust.conformal import COVERAGES, fit_threshold, label_sets
+from training.trust.energy import KEPT, auroc, energy_of
+from training.trust.reference import describe
 
 FEWEST = 20
 """Images for a temperature: below, its error is larger than what it mends."""

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from training.calibration import Floats, Labels
+from training.trust.calibration import Floats, Labels
 
 COVERAGES = (0.8, 0.9, 0.95, 0.99)
 

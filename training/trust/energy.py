@@ -7,7 +7,7 @@ numbers out.
 import numpy as np
 from numpy.typing import NDArray
 
-from training.calibration import Floats
+from training.trust.calibration import Floats
 
 KEPT = (0.9, 0.95, 0.99)
 """Shares of known images that thresholds are written for."""

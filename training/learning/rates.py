@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from training.augment import alternate
-from training.data import Split
-from training.devices import deterministic
+from training.data.arrays import Split
+from training.data.augment import alternate
+from training.data.balance import class_weights, epoch_order
 from training.errors import RecipeError
+from training.learning.devices import deterministic
 from training.recipes import Recipe
 from training.train import Learner, batches, epoch_generators, fresh_network, make_batch, train_step
 
@@ -46,6 +47,7 @@ def try_rates(
     deterministic()
     learner = Learner(fresh_network(recipe, classes, split).to(device), classes, recipe, device)
     learner.network.train()
+    weight = class_weights(torch.from_numpy(split.labels), classes).to(device) if recipe.balance == "weights" else None
     average, best = 0.0, math.inf
     for step, (chosen, mirrored, generator) in enumerate(_endless(split, recipe)):
         if step == steps:
@@ -53,7 +55,7 @@ def try_rates(
         rate = lowest * (highest / lowest) ** (step / max(1, steps - 1))
         learner.set_rate(rate / recipe.learning_rate)
         planes, targets = make_batch(learner, split, chosen, generator, mirrored)
-        loss = train_step(learner, planes, targets, None, len(chosen))[0].item() / len(chosen)
+        loss = train_step(learner, planes, targets, weight, len(chosen))[0].item() / len(chosen)
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         smoothed = average / (1 - SMOOTHING ** (step + 1))
         if not math.isfinite(smoothed):
@@ -90,5 +92,5 @@ def _endless(split: Split, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch
         number += 1
         order, generator = epoch_generators(recipe.seed, number)
         mirrored = alternate(len(split.labels), recipe, number)
-        for chosen in batches(torch.randperm(len(split.labels), generator=order), recipe.batch_size):
+        for chosen in batches(epoch_order(torch.from_numpy(split.labels), recipe, order), recipe.batch_size):
             yield chosen, mirrored, generator

@@ -6,8 +6,8 @@ Owns every rule of the layout, and names the file or folder that breaks one. Dec
 import os
 from pathlib import Path
 
+from training.data.listing import TEST, TRAIN, Listing, Picture
 from training.errors import DataError
-from training.listing import TEST, TRAIN, Listing, Picture
 from training.names import is_text
 
 NO_LABEL = -1
@@ -138,7 +138,10 @@ def _picture(root: Path, folder: Path, entry: os.DirEntry[str], label: int) -> P
         raise DataError(f"{path} is a folder inside a class folder: move its images up, or make it a class.")
     if not entry.name.lower().endswith(SUFFIXES):
         raise DataError(f"{path} is not a .jpg, .jpeg, .png or .webp image: remove it from the class folder.")
-    status = entry.stat()
+    try:
+        status = entry.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from error
     return Picture(path.relative_to(root).as_posix(), label, f"{status.st_size}.{status.st_mtime_ns}", path)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.data.listing import Listing, Picture
 from training.errors import DataError
-from training.listing import Listing, Picture
 
 SIDE = 32
 CLASSES = 10
