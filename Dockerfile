@@ -2,7 +2,7 @@
 #   docker build -t convoy:cpu .
 #   docker build -t convoy:gpu --target gpu .
 # and one that trains, with PyTorch, for k8s/components/training:
-#   docker build -t convoy:train --target train .
+#   docker build -t convoy-training --target train .
 # A release build gives PYTHON_IMAGE by digest, and VERSION and REVISION.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
