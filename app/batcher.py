@@ -322,6 +322,7 @@ class Batcher:
         """How many batches run at the same time."""
         self._line = Line(max_batch, linger_s, len(sessions), clock, metrics.queue_rows)
         self._arrived: list[Job] = []
+        self._running_since = [0.0] * len(sessions)
         self._loop = loop
         self._metrics = metrics
         self._clock = clock
@@ -382,6 +383,11 @@ class Batcher:
         """Forget the rows of a job that no session has taken yet; harmless when it is done."""
         self._line.remove(job)
 
+    @property
+    def running_since(self) -> float:
+        """When the longest run that a session is in began, clock time; 0: none runs."""
+        return min(filter(None, self._running_since), default=0.0)
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish what waits and stop the threads; blocks until they have ended, at most `timeout_s`.
 
@@ -398,8 +404,9 @@ class Batcher:
         step_back()
         busy = self._metrics.busy(session.provider, number)
         while (batch := self._line.take()) is not None:
-            started = self._clock()
+            self._running_since[number] = started = self._clock()
             _run(session, batch)
+            self._running_since[number] = 0.0
             batch.infer_s = self._clock() - started
             self._line.row_s = batch.infer_s / batch.rows
             try:

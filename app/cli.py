@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-PREDICT_SETTINGS = ("settings", "models", "device", "default_model", "max_image_pixels")
+PREDICT_SETTINGS = ("settings", "models", "model_name", "device", "default_model", "max_image_pixels")
 BENCH_SETTINGS = ("settings", "models")
 KEY_SETTINGS = ("settings", "keys")
 HEALTH_SETTINGS = ("settings", "host", "port", "probe_port", "tls_certificate", "tls_client_ca")

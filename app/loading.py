@@ -96,7 +96,10 @@ class Loader:
         threads_per_session: int,
         max_batch: int,
         linger_s: float,
+        renames: bool = False,
     ) -> None:
+        # `renames`: a model is called what it is asked for by, whatever name its manifest has.
+        self._renames = renames
         self._metrics = metrics
         self._device: Device = device
         self._sessions = sessions
@@ -123,6 +126,8 @@ class Loader:
             SettingsError: a setting makes every model impossible (a device that is not there).
         """
         manifest = _manifest_in(directory)
+        if manifest is not None and self._renames:
+            manifest = manifest.model_copy(update={"name": name})
         if manifest is not None and (manifest.name, manifest.version) != (name, version):
             raise BundleError(f"{directory} holds the manifest of {manifest.name} version {manifest.version}.")
         if isinstance(manifest, Manifest):

@@ -72,7 +72,7 @@ def find_bundle(settings: Settings, name: str | None) -> Bundle:
         UnknownModelError: there is no such model.
         BundleError: its manifest cannot be read.
     """
-    entries = {entry.name: entry for entry in find_models(settings.models)}
+    entries = {entry.name: entry for entry in find_models(settings.models, settings.model_name)}
     name = name or default_of(entries, settings.default_model)
     if not name:
         raise UnknownModelError(f"No model is the default one: give --model, one of {', '.join(entries)}.")

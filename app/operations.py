@@ -19,7 +19,7 @@ from app.errors import BadRequestError, LoadFailedError, UnavailableError, Unkno
 from app.manifest import NAME_PATTERN, VERSION_PATTERN
 from app.pages import Page, WriterState
 from app.repository import Entry, Repository
-from app.versions import ALIAS_PATTERN, Watcher, names_in
+from app.versions import ALIAS_PATTERN, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Operations:
             UnavailableError: not every worker has done it in time.
         """
         name, number = self._checked(name, version)
-        folder = self._repository.root / name
+        folder = self._repository.shelf.path_of(name)
         if not await asyncio.to_thread((folder if number is None else folder / number).is_dir):
             what = f"model '{name}'" if number is None else f"version {number} of model '{name}'"
             raise UnknownModelError(f"There is no {what} in the models directory.")
@@ -141,7 +141,7 @@ class Operations:
             SettingsError: a setting makes every model impossible (a device that is not there).
         """
         repository = self._repository
-        self._watcher = Watcher(repository.root) if self._watch_s else None
+        self._watcher = Watcher(repository.shelf) if self._watch_s else None
         repository.expect(notes.standing)
         for name in sorted(repository.entries, key=lambda name: name != repository.default):
             if self._stopping.is_set():
@@ -185,9 +185,9 @@ class Operations:
 
     def _all_names(self) -> list[str]:
         try:
-            return sorted({*names_in(self._repository.root), *self._repository.entries})
+            return sorted({*self._repository.shelf.names(), *self._repository.entries})
         except OSError as error:
-            raise UnavailableError(f"{self._repository.root} cannot be read: {error.strerror}.") from error
+            raise UnavailableError(f"{self._repository.shelf.root} cannot be read: {error.strerror}.") from error
 
     async def _ask(self, name: str, change: Callable[[Wish], Wish]) -> Entry:
         generation = self._board.ask([name], change)

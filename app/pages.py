@@ -42,6 +42,7 @@ _EPOCH = 8
 """Of the directory's lines: odd while one is rewritten, another number afterwards."""
 _LINE = 32
 """Lines are multiples of it, so that one which is free fits the next series of its kind."""
+_RUNNING_SINCE = 9
 _COLLECTIONS = 16
 # The first slots are a waste bin: what finds no room is written there, and nobody reads it.
 _WASTE, _FIRST = _SLOTS // _SLOT, _SLOTS // _SLOT + MAX_WIDTH
@@ -115,6 +116,16 @@ class Page:
         return self.slots[_HEARTBEAT]
 
     @property
+    def run_s(self) -> float:
+        """How long the longest run that a session of the writer is in has taken so far, seconds; 0: none runs."""
+        since = self.slots[_RUNNING_SINCE]
+        return time.monotonic() - since if since else 0.0
+
+    def show_run(self, since: float) -> None:
+        """Show when the longest run that a session is in began, on the machine's monotonic clock; 0: none runs."""
+        self.slots[_RUNNING_SINCE] = since
+
+    @property
     def note(self) -> dict[str, Any]:
         """The writer's note; empty where there is none, or it is being written."""
         for _ in range(3):
@@ -141,7 +152,7 @@ class Page:
 
     def release(self) -> None:
         """Leave the page to the next writer: gauges and whatever else speaks of this one's presence are wiped."""
-        for field in (_PID, _STATE, _CONNECTIONS, *range(_COLLECTIONS, _COLLECTIONS + 9)):
+        for field in (_PID, _STATE, _CONNECTIONS, _RUNNING_SINCE, *range(_COLLECTIONS, _COLLECTIONS + 9)):
             self.slots[field] = 0
         self._write_note(b"")
         self.slots[_EPOCH] += self.slots[_EPOCH] % 2  # odd: it was killed while it rewrote a line

@@ -25,15 +25,28 @@ _JSON = "application/json"
 class Probes:
     """The three answers, and a small ASGI application of nothing else."""
 
-    def __init__(self, metrics: Metrics, refresh: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, metrics: Metrics, refresh: Callable[[], None] = lambda: None, stuck_s: float = 0.0) -> None:
         """Answer from a service's pages.
 
         Args:
             metrics: the numbers and their pages.
             refresh: brings this process's own page up to date.
+            stuck_s: a batch that runs for longer, seconds, will never end; 0: none is taken for that.
         """
         self._metrics = metrics
         self._refresh = refresh
+        self._stuck_s = stuck_s
+
+    def live(self) -> tuple[int, dict[str, Any]]:
+        """Return the status of `/livez`, 200 or 503, and its content.
+
+        Of several workers the supervisor replaces one that is stuck: no reason to end the others.
+        """
+        self._refresh()
+        run_s = 0.0 if len(self._metrics.pages) > 1 else self._metrics.page.run_s
+        if is_stuck(run_s, self._stuck_s):
+            return 503, {"live": False, "reason": f"A batch has been running for {run_s:.0f} s: its session is stuck."}
+        return 200, {"live": True}
 
     def ready(self) -> tuple[int, dict[str, Any]]:
         """Return the status of `/readyz`, 200 or 503, and its content.
@@ -51,10 +64,8 @@ class Probes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         status, content, kind = 200, b"", _JSON
-        if scope["path"] == "/livez":
-            content = b'{"live":true}'
-        elif scope["path"] == "/readyz":
-            status, answer = self.ready()
+        if scope["path"] in ("/livez", "/readyz"):
+            status, answer = self.live() if scope["path"] == "/livez" else self.ready()
             content = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
         elif scope["path"] == "/metrics":
             content, kind = self.metrics(), CONTENT_TYPE
@@ -67,6 +78,11 @@ class Probes:
         headers = [(b"content-type", kind.encode()), (b"content-length", b"%d" % len(content))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
+
+
+def is_stuck(run_s: float, stuck_s: float) -> bool:
+    """Tell whether a session that has been in one run for `run_s` seconds will not come back; `stuck_s` 0: never."""
+    return 0 < stuck_s < run_s
 
 
 def readiness(pages: Sequence[Page]) -> tuple[int, dict[str, Any]]:

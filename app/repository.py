@@ -23,7 +23,7 @@ from app.board import NO_WISH, Standing, Wish
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
 from app.loading import Load, LoadedModel
 from app.metrics import Metrics
-from app.versions import THE_LATEST, Folder, Selection, Stamp, read_folder, stamp_of
+from app.versions import THE_LATEST, Folder, Selection, Shelf, Stamp, stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class _Change:
         numbers = {*folder.versions, *self.pinned, *wish.on, *folder.policy.selection(Selection()).listed}
         numbers |= {number for number, version in entry.versions.items() if version.model is not None}
         self.versions = {
-            number: entry.versions.get(number) or Version(entry.name, number, folder.path / number)
+            number: entry.versions.get(number) or Version(entry.name, number, folder.directory_of(number))
             for number in sorted(numbers, key=int, reverse=True)
         }
         self.opened: dict[str, tuple[LoadedModel, Stamp, float]] = {}
@@ -183,7 +183,7 @@ class Repository:
 
     def __init__(
         self,
-        root: Path,
+        shelf: Shelf,
         metrics: Metrics,
         *,
         folders: list[Folder],
@@ -195,7 +195,7 @@ class Repository:
         """Enter the models; `refresh` loads them.
 
         Args:
-            root: the directory.
+            shelf: where they are.
             metrics: where states and figures are shown.
             folders: what is in it.
             default: name of the default model; empty: there is none.
@@ -203,7 +203,7 @@ class Repository:
             selection: which versions are served where a model's folder does not say it.
             patience_s: how long a request may hold a version that has been replaced, seconds; then it is closed.
         """
-        self.root = root
+        self.shelf = shelf
         self.default = default
         self.entries: Mapping[str, Entry] = {}
         """Every model by its name. Replaced, never changed: whoever looks through it needs no lock."""
@@ -220,7 +220,7 @@ class Repository:
         for folder in folders:
             entry = Entry(folder.name, folder.path, active=folder.version)
             entry.versions = {
-                version: Version(folder.name, version, folder.path / version, State.LOADING)
+                version: Version(folder.name, version, folder.directory_of(version), State.LOADING)
                 for version in [folder.version]
                 if version
             }
@@ -304,7 +304,7 @@ class Repository:
             SettingsError: `starting`, and a setting makes every model impossible (a device that is not there).
         """
         self._end_retirements(wait=True)  # so that memory never holds more than the old version and the new one
-        folder = read_folder(self.root / name)
+        folder = self.shelf.read(name)
         entry = self.entries.get(name)
         if entry is None and not folder.path.is_dir():
             return {}
@@ -332,6 +332,15 @@ class Repository:
         batchers = [version.model.batcher for version in self._versions() if version.model is not None]
         for batcher in [*batchers, *(retirement.batcher for retirement in self._retiring)]:
             batcher.close()
+
+    @property
+    def running_since(self) -> float:
+        """When the longest run that any session is in began, on the monotonic clock; 0: none runs.
+
+        Sessions of versions that were replaced are not asked: one that is stuck serves nobody any more.
+        """
+        models = {id(model): model for model in self._served.values()}.values()
+        return min(filter(None, (model.batcher.running_since for model in models)), default=0.0)
 
     def sweep(self) -> None:
         """Forget versions whose last request has ended."""
@@ -413,8 +422,8 @@ class Repository:
         directory = version.directory
         if not directory.is_dir():
             raise BundleError(f"{directory} is not there.")
-        if not directory.resolve().is_relative_to(self.root.resolve()):
-            raise BundleError(f"{directory} is a link that leads out of {self.root}: models lie inside it.")
+        if not directory.resolve().is_relative_to(self.shelf.root.resolve()):
+            raise BundleError(f"{directory} is a link that leads out of {self.shelf.root}: models lie inside it.")
         return self._open(version.name, version.version, directory)
 
     def _fail(self, version: Version, error: Exception) -> str:

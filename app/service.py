@@ -36,7 +36,7 @@ from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
 from app.tls import certificate_of, options
-from app.versions import Selection, default_of, find_models, folders_in
+from app.versions import Selection, Shelf, default_of, find_models
 
 if TYPE_CHECKING:
     from app.grpc.server import Front
@@ -80,7 +80,7 @@ class Service:
         self.fault: SettingsError | None = None
         self.metrics = metrics or Metrics()
         self.page = self.metrics.page
-        self.probes = Probes(self.metrics, self.show)
+        self.probes = Probes(self.metrics, self.show, settings.stuck_s)
         self.keyring = Keyring(settings.keys)
         self.certificate = certificate_of(settings)
         self._shown: object = None
@@ -91,15 +91,17 @@ class Service:
             threads_per_session=settings.threads_per_session,
             max_batch=settings.max_batch,
             linger_s=settings.linger_ms / 1000,
+            renames=bool(settings.model_name),
         )
         board = board or Board()
         # Models may have come and gone since the service started: what held then is not asked of a later worker.
         is_first = board.read().default is None
-        folders = find_models(settings.models) if is_first else folders_in(settings.models)
+        shelf = Shelf(settings.models, settings.model_name)
+        folders = find_models(shelf.root, shelf.only) if is_first else shelf.folders()
         names = {folder.name for folder in folders}
         self._notes = board.join(default_of(names, settings.default_model) if is_first else "")
         self.repository = Repository(
-            settings.models,
+            shelf,
             self.metrics,
             folders=folders,
             default=self._notes.default or "",
@@ -161,6 +163,7 @@ class Service:
     def show(self) -> None:
         """Show in the page that the event loop turns, and in which state models and process are."""
         self.page.beat()
+        self.page.show_run(self.repository.running_since)
         if self.grpc is not None:
             self.grpc.show(not self.why_not_ready())
         models = {entry.name: entry.state.value for entry in self.repository.entries.values()}

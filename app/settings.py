@@ -66,6 +66,11 @@ class Settings(BaseModel):
         default="", description="Authorities (PEM): only clients with a certificate from one of them may connect."
     )
     models: Path = Field(default=Path("models"), description="Directory of bundles: <name>/<version>/model.json.")
+    model_name: str = Field(
+        default="",
+        pattern=r"^([a-z0-9][a-z0-9._-]{0,63})?$",
+        description="The models directory is itself one model of this name: its versions, or one version's files.",
+    )
     default_model: str = Field(
         default="", description="The model of POST /predict. Empty: imagenet, or the only model that is there."
     )
@@ -152,6 +157,13 @@ class Settings(BaseModel):
     )
     drain_timeout_s: int = Field(
         default=30, ge=1, le=86_400, description="After SIGTERM, time to finish what was accepted before it is cut off."
+    )
+    stuck_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=86_400,
+        description="A batch that runs for longer is stuck: /livez fails, and of several workers that one is replaced; "
+        "0: never.",
     )
     require_all_models: bool = Field(
         default=False, description="/readyz needs every model ready, not only the default one."

@@ -3,6 +3,7 @@
     models/<name>/versions.toml     which versions are served, which one to whoever names none, and aliases; optional
     models/<name>/<version>/        a version: a whole number from 1, without leading zeros
 
+Or it is itself one model's folder, with versions in it, or one version, where whoever mounts it says the model's name.
 Reads names, sizes, dates, digests and `versions.toml`; opens no model, and knows nothing of what is loaded.
 """
 
@@ -19,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from app.errors import BundleError, SettingsError
 from app.manifest import (
+    MANIFEST_FILE,
+    MODEL_FILE,
     NAME_PATTERN,
     VERSION_PATTERN,
     Bundle,
@@ -123,6 +126,7 @@ class Folder:
         versions: those in it, oldest first.
         policy: what its owner wants of them.
         fault: why the policy cannot be read, in one sentence; else empty.
+        is_version: the folder is itself its only version, and not one that versions lie in.
     """
 
     name: str
@@ -130,6 +134,7 @@ class Folder:
     versions: tuple[str, ...]
     policy: Policy
     fault: str = ""
+    is_version: bool = False
 
     @property
     def version(self) -> str:
@@ -139,32 +144,68 @@ class Folder:
     @property
     def directory(self) -> Path:
         """Where that version is."""
-        return self.path / self.version
+        return self.directory_of(self.version)
+
+    def directory_of(self, version: str) -> Path:
+        """Return where a version is, or would be."""
+        return self.path if self.is_version else self.path / version
 
 
-def find_models(root: Path) -> list[Folder]:
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Where models are looked for.
+
+    Attributes:
+        root: the models directory.
+        only: the name of the one model that the directory itself is; empty: it holds a folder for each model.
+    """
+
+    root: Path
+    only: str = ""
+
+    def names(self) -> list[str]:
+        """Return the names of all models.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        return [self.only] if self.only else names_in(self.root)
+
+    def path_of(self, name: str) -> Path:
+        """Return where a model's folder is, or would be."""
+        return self.root if self.only == name else self.root / name
+
+    def read(self, name: str) -> Folder:
+        """Read a model's folder; what cannot be read is its fault."""
+        return read_folder(self.path_of(name), self.only)
+
+    def folders(self) -> list[Folder]:
+        """Return all folders, as many as there are.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        return [self.read(name) for name in self.names()]
+
+
+def find_models(root: Path, only: str = "") -> list[Folder]:
     """Return the models' folders under `root`; hidden names and files are passed over.
 
     A folder without a version in it is one too: it is somebody's mistake, to be told.
+
+    Args:
+        root: the models directory.
+        only: the name of the one model that it is itself, if it is.
 
     Raises:
         SettingsError: `root` is no directory, or holds no folder.
     """
     if not root.is_dir():
         raise SettingsError(f"The models directory {root} does not exist: set --models or CONVOY_MODELS.")
-    folders = folders_in(root)
+    folders = Shelf(root, only).folders()
     if not folders:
         raise SettingsError(f"The models directory {root} holds no bundle (<name>/<version>/model.json).")
     return folders
-
-
-def folders_in(root: Path) -> list[Folder]:
-    """Return the models' folders under `root`, as many as there are.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    return [read_folder(root / name) for name in names_in(root)]
 
 
 def names_in(root: Path) -> list[str]:
@@ -184,13 +225,32 @@ def names_in(root: Path) -> list[str]:
     return names
 
 
-def read_folder(path: Path) -> Folder:
-    """Read a model's folder; what cannot be read is its fault."""
+def read_folder(path: Path, named: str = "") -> Folder:
+    """Read a model's folder; what cannot be read is its fault.
+
+    Args:
+        path: where it is.
+        named: the model's name where the folder does not bear it, and may be a version itself; empty: its own.
+    """
     versions = _versions_in(path)
+    if named and not versions and _is_version(path):
+        return Folder(named, path, (_number_of(path),), Policy(), is_version=True)
     try:
-        return Folder(path.name, path, versions, _read_policy(path / POLICY_FILE))
+        return Folder(named or path.name, path, versions, _read_policy(path / POLICY_FILE))
     except BundleError as error:
-        return Folder(path.name, path, versions, Policy(), error.message)
+        return Folder(named or path.name, path, versions, Policy(), error.message)
+
+
+def _is_version(path: Path) -> bool:
+    return any((path / file).exists() for file in (MANIFEST_FILE, MODEL_FILE))
+
+
+def _number_of(path: Path) -> str:
+    """Return the version that a manifest says it is; 1 where there is none, or none that can be read."""
+    try:
+        return read_manifest(path).version
+    except BundleError:
+        return "1"
 
 
 def _versions_in(path: Path) -> tuple[str, ...]:
@@ -270,9 +330,9 @@ class Watcher:
     plain graphs too, is told once it has looked the same twice in a row.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, shelf: Shelf) -> None:
         """Take what is there now for known."""
-        self._root = root
+        self._shelf = shelf
         self._known = self._before = self._look()
 
     def changed(self) -> list[str]:
@@ -298,12 +358,12 @@ class Watcher:
 
     def _look(self) -> dict[str, dict[str, Stamp]]:
         """Return the stamp of each version by its model and number; that of `versions.toml` is under its own name."""
-        return {name: self._look_into(self._root / name) for name in names_in(self._root)}
+        return {name: self._look_into(self._shelf.read(name)) for name in self._shelf.names()}
 
-    def _look_into(self, folder: Path) -> dict[str, Stamp]:
-        stamps = {version: stamp_of(folder / version) for version in _versions_in(folder)}
+    def _look_into(self, folder: Folder) -> dict[str, Stamp]:
+        stamps = {version: stamp_of(folder.directory_of(version)) for version in folder.versions}
         try:
-            status = (folder / POLICY_FILE).stat()
+            status = (folder.path / POLICY_FILE).stat()
         except OSError:
             return stamps
         return stamps | {POLICY_FILE: ((POLICY_FILE, status.st_size, status.st_mtime_ns, status.st_ino),)}
@@ -314,4 +374,5 @@ class Watcher:
         if known.keys() - now.keys():
             return False
         changed = [version for version, stamp in now.items() if stamp != known.get(version)]
-        return POLICY_FILE not in changed and all(is_whole(self._root / name / version) for version in changed)
+        folder = self._shelf.read(name)
+        return POLICY_FILE not in changed and all(is_whole(folder.directory_of(version)) for version in changed)

@@ -29,7 +29,7 @@ from app.cpus import usable_cpus
 from app.errors import ConvoyError, SettingsError
 from app.metrics import Metrics
 from app.pages import Page, WriterState, create_shared, open_common, open_shared
-from app.probes import ProbePort, Probes
+from app.probes import ProbePort, Probes, is_stuck
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class Worker:
         self.reason = ""
         self._heartbeat = page.heartbeat
         self._silent_ticks = 0
+        self._stuck_s = settings.stuck_s
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(settings.model_dump_json().encode() + b"\n")
@@ -146,15 +147,16 @@ class Worker:
         return True
 
     def hangs(self) -> bool:
-        """Tell whether its event loop has stood still too long; call at every tick.
+        """Tell whether its event loop has stood still too long, or a session is stuck in a run; call at every tick.
 
-        The supervisor's ticks are counted, not seconds: after a pause of the whole machine or container all is well.
+        For the loop, the supervisor's ticks are counted, not seconds: after a pause of the whole machine or container
+        all is well.
         """
         if self.page.heartbeat != self._heartbeat or self.page.state is WriterState.STARTING:
             self._heartbeat, self._silent_ticks = self.page.heartbeat, 0
         else:
             self._silent_ticks += 1
-        return self._silent_ticks * TICK_S > HANGS_S
+        return self._silent_ticks * TICK_S > HANGS_S or is_stuck(self.page.run_s, self._stuck_s)
 
 
 class Place:

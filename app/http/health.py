@@ -12,9 +12,10 @@ def routes(probes: Probes) -> APIRouter:
     """Return the probes and the metrics route."""
     router = APIRouter(tags=["operations"])
 
-    @router.get("/livez", summary="Whether the process answers")
+    @router.get("/livez", summary="Whether the process works", responses={503: {"model": Live}})
     async def livez() -> Live:
-        return Live()
+        status, content = probes.live()
+        return JSONResponse(content, status)  # type: ignore[return-value]
 
     @router.get("/readyz", summary="Whether the service wants traffic", responses={503: {"model": Ready}})
     async def readyz() -> Ready:

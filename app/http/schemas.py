@@ -98,9 +98,10 @@ class ModelList(BaseModel):
 
 
 class Live(BaseModel):
-    """The process answers."""
+    """Whether the process works, and if not, why."""
 
-    live: bool = True
+    live: bool
+    reason: str = ""
 
 
 class Ready(BaseModel):

@@ -227,14 +227,16 @@ def _add_server_routes(router: APIRouter, repository: Repository, metrics: Metri
     async def server() -> ServerMetadata:
         return ServerMetadata(**metadata.server_metadata())
 
-    @router.get("/health/live", summary="Whether the server is alive")
+    @router.get("/health/live", summary="Whether the server is alive", responses={503: {"model": ServerLive}})
     async def live() -> ServerLive:
-        return ServerLive(live=True)
+        status, content = probes.live()
+        reason = content.get("reason", "")
+        return _health({"live": status == HTTPStatus.OK}, reason)  # type: ignore[return-value]
 
     @router.get("/health/ready", summary="Whether the server is ready", responses={503: {"model": ServerReady}})
     async def ready() -> ServerReady:
         status, content = probes.ready()
-        return _readiness({"ready": status == HTTPStatus.OK}, content["reason"])  # type: ignore[return-value]
+        return _health({"ready": status == HTTPStatus.OK}, content["reason"])  # type: ignore[return-value]
 
     @router.get("/models", summary="Names of all models")
     async def models() -> ModelNames:
@@ -277,7 +279,7 @@ def _add_model_routes(
         try:
             engine.model(*chosen)
         except UnavailableError as fault:
-            return _readiness({"name": chosen[0], "ready": False}, fault.message)  # type: ignore[return-value]
+            return _health({"name": chosen[0], "ready": False}, fault.message)  # type: ignore[return-value]
         return ModelReady(name=chosen[0], ready=True)
 
     @router.get(f"{prefix}/config", summary="Model configuration", responses=_ANY_FAULT)
@@ -377,9 +379,9 @@ def _add_refusals(router: APIRouter) -> None:
         router.add_api_route(path, refuse, methods=["GET", "POST"], include_in_schema=False)
 
 
-def _readiness(content: dict[str, Any], reason: str) -> Response:
-    """Return 200 for what is ready; else 503, with the reason as every error has it."""
-    if content["ready"]:
+def _health(content: dict[str, Any], reason: str) -> Response:
+    """Return 200 for what is ready or alive; else 503, with the reason as every error has it."""
+    if False not in content.values():
         return JSONResponse(content)
     # A response of our own skips FastAPI's: the status depends on the content.
     return JSONResponse(content | {"error": reason, "code": "unavailable"}, HTTPStatus.SERVICE_UNAVAILABLE)

@@ -130,7 +130,7 @@ class ServerMetadata(BaseModel):
 
 
 class ServerLive(BaseModel):
-    """The server answers."""
+    """Whether the server works; with 503 also why not."""
 
     live: bool
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.versions import Selection, Watcher, find_models, is_whole, read_folder
+from app.versions import Selection, Shelf, Watcher, find_models, is_whole, read_folder
 from tests.bundles import make_bundle
 
 
@@ -86,7 +86,7 @@ def test_what_is_no_version_is_passed_over(folder):
 def watched(tmp_path: Path) -> tuple[Watcher, Path]:
     root = tmp_path / "models"
     make_bundle(root, "m", "1")
-    return Watcher(root), root / "m"
+    return Watcher(Shelf(root)), root / "m"
 
 
 def test_a_version_that_is_moved_there_whole_is_told_at_the_first_look(watched):
@@ -163,3 +163,23 @@ def test_a_directory_that_cannot_be_read_for_a_while_is_no_change(watched):
         watcher.changed()
     hidden.rename(folder.parent)
     assert watcher.changed() == []
+
+
+def test_a_directory_may_be_one_model_with_its_versions_or_one_version(tmp_path):
+    make_bundle(tmp_path, "colours", "3")
+    make_bundle(tmp_path, "colours", "12")
+    [versions] = find_models(tmp_path / "colours", "pets")
+    assert (versions.name, versions.versions, versions.directory) == ("pets", ("3", "12"), tmp_path / "colours/12")
+    [version] = find_models(tmp_path / "colours/3", "pets")
+    assert (version.name, version.versions, version.directory) == ("pets", ("3",), tmp_path / "colours/3")
+    assert Watcher(Shelf(tmp_path / "colours/3", "pets")).changed() == []
+    # Without a name it is a directory of models, as ever.
+    assert [folder.name for folder in find_models(tmp_path / "colours")] == ["12", "3"]
+
+
+def test_one_model_that_is_its_directory_is_seen_to_change(tmp_path):
+    make_bundle(tmp_path, "colours", "3")
+    watcher = Watcher(Shelf(tmp_path / "colours/3", "pets"))
+    (tmp_path / "colours/3/model.onnx").write_bytes(b"other")
+    assert watcher.changed() == []
+    assert watcher.changed() == ["pets"]

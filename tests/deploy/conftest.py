@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,19 +53,6 @@ def dockerfile() -> Dockerfile:
 def compose() -> dict[str, Any]:
     document: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     return document
-
-
-@pytest.fixture(scope="session")
-def resources() -> dict[str, dict[str, Any]]:
-    """Return k8s/base as `kubectl apply -k` would send it, by kind."""
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed, so the kustomization cannot be rendered")
-    built = subprocess.run([kubectl, "kustomize", ROOT / "k8s" / "base"], capture_output=True, text=True, timeout=60)
-    assert built.returncode == 0, built.stderr
-    documents = list(yaml.safe_load_all(built.stdout))
-    assert len({document["kind"] for document in documents}) == len(documents)
-    return {document["kind"]: document for document in documents}
 
 
 @pytest.fixture(scope="session")

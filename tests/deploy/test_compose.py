@@ -87,6 +87,12 @@ def test_builds_the_target_it_is_named_after(compose, dockerfile, name, target):
     assert service["ports"][0].endswith(":" + dockerfile.find("EXPOSE")[0])
 
 
+def test_prometheus_has_the_rules(compose, prometheus_config, root):
+    assert prometheus_config["rule_files"] == ["rules/*.yml"]
+    assert "./deploy/prometheus/rules:/etc/prometheus/rules:ro" in compose["services"]["prometheus"]["volumes"]
+    assert list((root / "deploy/prometheus/rules").glob("*.yml"))
+
+
 def test_gpu_is_asked_for_under_its_profile_only(compose):
     services = compose["services"]
     assert [name for name in SERVICES if services[name].get("profiles")] == ["convoy-gpu"]

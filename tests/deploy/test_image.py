@@ -62,7 +62,7 @@ def test_target_takes_its_own_onnx_runtime_and_no_other(dockerfile, target):
 
 
 def test_only_serving_requirements_are_installed(root, dockerfile):
-    runs = dockerfile.find("RUN")
+    runs = [line.text for line in dockerfile if line.name == "RUN" and line.stage != "dependencies-train"]
     lists = {word for run in runs if " install " in run for word in run.split() if word.endswith(".txt")}
     assert lists == {"base.txt", "grpc.txt", "cpu.txt", "gpu.txt", "constraints.txt", "constraints-gpu.txt"}
     assert all("-c constraints.txt" in run for run in runs if " install -" in run and "--no-deps" not in run)
@@ -73,8 +73,19 @@ def test_only_serving_requirements_are_installed(root, dockerfile):
 
 
 def test_training_is_left_out(dockerfile):
-    assert not [text for text in dockerfile.find("COPY") if "training" in text]
+    copied = {line.stage for line in dockerfile if line.name == "COPY" and "train" in line.text}
+    assert copied == {"code-train", "train"}
     assert any("rm /staged/opt/convoy/bin/convoy-train" in run for run in dockerfile.find("RUN", "code"))
+
+
+def test_the_training_image_has_what_the_serving_ones_have_not(dockerfile):
+    assert dockerfile.find("COPY", "train") == [
+        "--from=dependencies-train /opt/convoy /opt/convoy",
+        "--from=code-train /staged-train/opt/convoy /opt/convoy",
+    ]
+    [install] = dockerfile.find("RUN", "dependencies-train")
+    assert "-c constraints.txt -r cpu.txt -r train.txt" in install
+    assert json.loads(dockerfile.find("ENTRYPOINT", "train")[0]) == ["convoy-train"]
 
 
 def test_runs_as_an_unprivileged_number(dockerfile):

@@ -1,18 +1,37 @@
-"""The manifests of k8s/base: valid, restricted, and their times add up.
+"""The manifests of k8s/: every overlay and component renders, is valid and restricted, and its times add up.
 
 No API server is here to judge them: schemas and the pod security rules below stand in for it.
 """
 
-import copy
+import functools
+import json
+import re
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 
 import app
 from app.settings import Settings
+from tests.deploy import rules
+from tests.deploy.kustomize import (
+    BY_KSERVE,
+    COMPONENTS,
+    ON_CPU,
+    ON_GPU,
+    OVERLAYS,
+    ROOT,
+    VARIANTS,
+    kustomize,
+    one,
+    pods,
+    render,
+)
 
-KUBERNETES = "1.37"
+RELEASES = ("1.34", "1.37")
+SCHEMAS = yaml.safe_load((ROOT / "tests/deploy/schemas.yaml").read_text())["resources"]
 VOLUMES = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"
 }  # fmt: skip
@@ -57,8 +76,14 @@ def _container_violations(container: dict[str, Any], pod_context: dict[str, Any]
 
 
 @pytest.fixture
+def resources() -> dict[str, Any]:
+    """Return the overlay `cpu`, by kind; of several of a kind, the last."""
+    return {manifest["kind"]: manifest for manifest in render(ON_CPU)}
+
+
+@pytest.fixture
 def pod(resources: dict[str, Any]) -> dict[str, Any]:
-    spec: dict[str, Any] = copy.deepcopy(resources["Deployment"]["spec"]["template"]["spec"])
+    spec: dict[str, Any] = resources["Deployment"]["spec"]["template"]["spec"]
     return spec
 
 
@@ -70,26 +95,121 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def environment(container: dict[str, Any]) -> dict[str, str]:
+    return environment_of(container)
+
+
+def environment_of(container: dict[str, Any]) -> dict[str, str]:
     return {variable["name"]: variable["value"] for variable in container["env"]}
 
 
-def test_resources(resources):
-    assert set(resources) == {"Namespace", "ServiceAccount", "Deployment", "Service"}
+def as_written(variant: tuple[str, ...]) -> str:
+    return "+".join(variant)
 
 
-@pytest.mark.parametrize("kind", ["Namespace", "ServiceAccount", "Deployment", "Service"])
-def test_follows_the_schema(resources, kind):
-    kubernetes_validate.validate(resources[kind], KUBERNETES, strict=True)
+@functools.cache
+def follow_kubernetes(manifest: str, release: str) -> None:
+    """Hold one manifest against a release's schema; most are in many variants, and need it once."""
+    kubernetes_validate.validate(json.loads(manifest), release, strict=True)
 
 
-def test_everything_is_in_the_namespace_that_is_made(resources):
-    made = resources["Namespace"]["metadata"]["name"]
-    assert {resource["metadata"].get("namespace", made) for resource in resources.values()} == {made}
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=as_written)
 
 
-def test_namespace_enforces_what_the_pod_keeps(resources, pod):
-    assert resources["Namespace"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    assert restricted_violations(pod) == []
+def test_all_that_was_ordered_is_there():
+    assert {"cpu", "gpu", "kserve"} <= set(OVERLAYS)
+    assert {
+        "autoscaling-hpa", "autoscaling-keda", "dra", "gateway", "model-fetch", "model-image", "model-volume",
+        "monitoring", "training",
+    } == set(COMPONENTS)  # fmt: skip
+
+
+@each_variant
+def test_follows_the_schemas(variant):
+    for manifest in render(variant):
+        kind = f"{manifest['apiVersion']}/{manifest['kind']}"
+        if kind in SCHEMAS:
+            assert set(manifest) == {"apiVersion", "kind", "metadata", "spec"}
+            jsonschema.validate(manifest["spec"], SCHEMAS[kind])
+            continue
+        for release in RELEASES:
+            follow_kubernetes(json.dumps(manifest), release)
+
+
+def test_kserves_container_follows_the_schema_of_a_pod():
+    [pod] = pods(render(BY_KSERVE)).values()
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pets"}, "spec": pod}
+    kubernetes_validate.validate(manifest, RELEASES[-1], strict=True)
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_a_misspelt_field_is_seen(kind):
+    manifests = [manifest for variant in VARIANTS for manifest in render(variant)]
+    found = next(each for each in manifests if f"{each['apiVersion']}/{each['kind']}" == kind)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(found["spec"] | {"selektor": {}}, SCHEMAS[kind])
+
+
+@each_variant
+def test_everything_is_in_the_namespace_that_is_made(variant):
+    manifests = render(variant)
+    made = one(manifests, "Namespace")["metadata"]["name"]
+    assert {manifest["metadata"].get("namespace") for manifest in manifests} == {made, None}
+    assert [each["kind"] for each in manifests if "namespace" not in each["metadata"]] == ["Namespace"]
+
+
+@each_variant
+def test_nothing_is_there_twice(variant):
+    names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in render(variant)]
+    assert len(names) == len(set(names))
+
+
+@each_variant
+def test_pods_are_restricted(variant):
+    manifests = render(variant)
+    found = {owner: restricted_violations(pod) for owner, pod in pods(manifests).items()}
+    # The standard's text names eight types of volumes, and this newer one is not among them.
+    allowed = ["volume models"] if "model-image" in variant else []
+    assert found
+    assert [violations for violations in found.values() if violations != allowed] == []
+    level = one(manifests, "Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+    assert level == ("baseline" if variant == BY_KSERVE else "restricted")
+
+
+@each_variant
+def test_every_container_knows_its_bounds(variant):
+    for pod in pods(render(variant)).values():
+        for container in [*pod.get("initContainers", ()), *pod["containers"]]:
+            resources = container["resources"]
+            assert {"cpu", "memory"} <= set(resources["requests"])
+            assert {"cpu", "memory"} <= set(resources["limits"])
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert not container["image"].endswith((":latest", "/convoy", "convoy"))
+        for volume in pod["volumes"]:
+            assert volume.get("emptyDir", {"sizeLimit": "other"})["sizeLimit"]
+
+
+@each_variant
+def test_settings_are_ones_the_service_takes(variant):
+    for owner, pod in pods(render(variant)).items():
+        for container in pod["containers"] if owner.startswith("Deployment") else ():
+            Settings.from_sources(environment_of(container))
+
+
+@each_variant
+def test_mounted_volumes_are_there(variant):
+    for pod in pods(render(variant)).values():
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        containers = [*pod.get("initContainers", ()), *pod["containers"]]
+        assert {mount["name"] for container in containers for mount in container["volumeMounts"]} == volumes
+
+
+@each_variant
+def test_config_maps_are_the_ones_that_are_made(variant):
+    manifests = render(variant)
+    made = {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "ConfigMap"}
+    text = yaml.safe_dump(list(pods(manifests).values()))
+    asked = {word for word in text.split() if word.startswith("convoy-model-") and word in made}
+    assert asked == made
 
 
 @pytest.mark.parametrize(
@@ -133,11 +253,12 @@ def test_start_may_take_five_minutes(container):
     assert probe["periodSeconds"] * probe["failureThreshold"] >= 300
 
 
-def test_settings_are_ones_the_service_takes(container, environment, dockerfile):
+def test_ports_and_directory_are_the_images(container, environment, dockerfile):
     settings = Settings.from_sources(environment)
     assert settings.host == "0.0.0.0"
     assert container["ports"] == [
         {"name": "http", "containerPort": settings.port},
+        {"name": "grpc", "containerPort": settings.grpc_port},
         {"name": "probes", "containerPort": settings.probe_port},
     ]
     assert f"{settings.models}" == dockerfile.environment("runtime")["CONVOY_MODELS"]
@@ -180,15 +301,154 @@ def test_cpu_is_whole_and_guaranteed(container):
     assert int(resources["limits"]["cpu"]) >= 1
 
 
-def test_service_finds_the_pods(resources):
-    service, template = resources["Service"]["spec"], resources["Deployment"]["spec"]["template"]
+def test_ports_and_labels_meet():
+    manifests = render((*ON_CPU, "monitoring", "gateway"))
+    service, template = one(manifests, "Service")["spec"], one(manifests, "Deployment")["spec"]["template"]
     labels = template["metadata"]["labels"]
-    assert service["selector"].items() <= labels.items()
-    assert resources["Deployment"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    [spread] = template["spec"]["topologySpreadConstraints"]
-    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
-    assert service["ports"][0]["targetPort"] == template["spec"]["containers"][0]["ports"][0]["name"]
+    ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+    selectors = [
+        service["selector"],
+        one(manifests, "Deployment")["spec"]["selector"]["matchLabels"],
+        one(manifests, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        one(manifests, "PodMonitor")["spec"]["selector"]["matchLabels"],
+        *(spread["labelSelector"]["matchLabels"] for spread in template["spec"]["topologySpreadConstraints"]),
+    ]
+    assert [selector for selector in selectors if not selector or not selector.items() <= labels.items()] == []
+    assert {port["targetPort"]: port["port"] for port in service["ports"]} == {
+        "http": ports["http"],
+        "grpc": ports["grpc"],
+    }
+    for route, port in (("HTTPRoute", "http"), ("GRPCRoute", "grpc")):
+        [rule] = one(manifests, route)["spec"]["rules"]
+        assert rule["backendRefs"] == [{"name": service_name(manifests), "port": ports[port]}]
+    [endpoint] = one(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in ports
+    assert labels[one(manifests, "PodMonitor")["spec"]["jobLabel"]] == "convoy"
 
 
-def test_image_is_this_version(container):
-    assert container["image"] == f"convoy:{app.__version__}-cpu"
+def service_name(manifests: list[dict[str, Any]]) -> str:
+    return str(one(manifests, "Service")["metadata"]["name"])
+
+
+def test_the_network_is_closed_but_for_what_is_needed():
+    policies = {each["metadata"]["name"]: each["spec"] for each in render(ON_CPU) if each["kind"] == "NetworkPolicy"}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    [rule] = policies["convoy-clients"]["ingress"]
+    assert [port["port"] for port in rule["ports"]] == ["http", "grpc"], "probes and metrics ask for no key"
+    assert set(policies) == {"default-deny", "convoy-clients"}
+
+
+@each_variant
+def test_no_network_policy_opens_more_than_ports_it_names(variant):
+    training = {"batch.kubernetes.io/job-name": "convoy-training"}
+    for manifest in render(variant):
+        if manifest["kind"] == "NetworkPolicy" and manifest["spec"]["podSelector"].get("matchLabels") != training:
+            spec = manifest["spec"]
+            assert all(rule.get("ports") for way in ("ingress", "egress") for rule in spec.get(way, ()))
+
+
+@pytest.mark.parametrize("variant", [ON_CPU, ON_GPU], ids=as_written)
+def test_a_rollout_has_time_for_a_start(variant):
+    deployment = one(render(variant), "Deployment")["spec"]
+    probe = deployment["template"]["spec"]["containers"][0]["startupProbe"]
+    start_s = probe["periodSeconds"] * probe["failureThreshold"]
+    assert deployment.get("progressDeadlineSeconds", 600) > start_s + deployment["minReadySeconds"]
+
+
+def test_a_rollout_on_gpus_asks_for_none_more_than_there_are():
+    strategy = one(render(ON_GPU), "Deployment")["spec"]["strategy"]["rollingUpdate"]
+    assert strategy == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+@pytest.mark.parametrize(("variant", "tag"), [(ON_CPU, "cpu"), (ON_GPU, "gpu"), (BY_KSERVE, "cpu")])
+def test_image_is_this_version(variant, tag):
+    assert {pod["containers"][0]["image"] for pod in pods(render(variant)).values()} == {
+        f"convoy:{app.__version__}-{tag}"
+    }
+
+
+def test_a_gpu_is_asked_for_once():
+    by_plugin = pods(render(ON_GPU))["Deployment/convoy"]["containers"][0]["resources"]
+    assert by_plugin["limits"]["nvidia.com/gpu"] == by_plugin["requests"]["nvidia.com/gpu"] == "1"
+    manifests = render((*ON_GPU, "dra"))
+    pod = pods(manifests)["Deployment/convoy"]
+    by_claim = pod["containers"][0]["resources"]
+    assert not [name for part in ("limits", "requests") for name in by_claim[part] if "gpu" in name]
+    [claim] = pod["resourceClaims"]
+    assert by_claim["claims"] == [{"name": claim["name"]}]
+    assert claim["resourceClaimTemplateName"] == one(manifests, "ResourceClaimTemplate")["metadata"]["name"]
+
+
+@pytest.mark.parametrize("component", ["autoscaling-hpa", "autoscaling-keda"])
+def test_an_autoscaler_owns_the_number_of_replicas(component):
+    manifests = render((*ON_CPU, component))
+    deployment = one(manifests, "Deployment")
+    assert "replicas" not in deployment["spec"]
+    kind = {"autoscaling-hpa": "HorizontalPodAutoscaler", "autoscaling-keda": "ScaledObject"}[component]
+    assert one(manifests, kind)["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+
+
+def test_both_autoscalers_behave_alike():
+    hpa = one(render((*ON_CPU, "autoscaling-hpa")), "HorizontalPodAutoscaler")["spec"]
+    keda = one(render((*ON_CPU, "autoscaling-keda")), "ScaledObject")["spec"]
+    assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == hpa["behavior"]
+    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
+    assert keda["triggers"][0]["metadata"]["threshold"] == hpa["metrics"][0]["pods"]["target"]["averageValue"]
+
+
+def test_rules_are_those_of_compose():
+    assert rules.MANIFEST.read_text() == rules.text(), "python -m tests.deploy.rules"
+    assert one(render((*ON_CPU, "monitoring")), "PrometheusRule")["spec"]["groups"] == rules.groups()
+
+
+def test_kserve_gets_what_its_contract_says():
+    manifests = render(BY_KSERVE)
+    runtime, service = one(manifests, "ServingRuntime")["spec"], one(manifests, "InferenceService")["spec"]
+    [container] = runtime["containers"]
+    assert container["name"] == "kserve-container"
+    flags = dict(flag.removeprefix("--").split("=") for flag in container["args"][1:])
+    assert flags["model-name"] == "{{.Name}}"
+    settings = Settings.from_sources({}, {name.replace("-", "_"): value for name, value in flags.items()} | {
+        "model_name": one(manifests, "InferenceService")["metadata"]["name"]
+    })  # fmt: skip
+    assert (settings.port, f"{settings.models}", settings.host) == (8080, "/mnt/models", "0.0.0.0")
+    assert [port["containerPort"] for port in container["ports"]] == [settings.port]
+    assert {container[probe]["httpGet"]["port"] for probe in container if probe.endswith("Probe")} == {
+        settings.probe_port
+    }
+    assert runtime["annotations"]["prometheus.kserve.io/port"] == f"{settings.port}"
+    predictor = service["predictor"]
+    assert predictor["model"]["runtime"] == one(manifests, "ServingRuntime")["metadata"]["name"]
+    assert predictor["model"]["modelFormat"]["name"] in {each["name"] for each in runtime["supportedModelFormats"]}
+    assert predictor["enableServiceLinks"] is False
+    wait = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert predictor["terminationGracePeriodSeconds"] >= wait + settings.drain_timeout_s + 5
+
+
+def test_fetched_models_are_where_the_service_looks():
+    pod = pods(render((*ON_CPU, "model-fetch")))["Deployment/convoy"]
+    [fetching], [serving] = pod["initContainers"], pod["containers"]
+    assert fetching["image"] == serving["image"]
+    assert fetching["command"][-1] == environment_of(serving)["CONVOY_MODELS"]
+    mounts = {mount["mountPath"]: mount for mount in serving["volumeMounts"]}
+    assert mounts["/models"]["readOnly"] is True
+
+
+def test_the_kustomization_of_the_docs_renders(tmp_path):
+    text = (ROOT / "docs/operations.md").read_text()
+    [example] = re.findall(r"```yaml\n(# kustomization\.yaml\n.*?)```", text, re.DOTALL)
+    (tmp_path / "convoy").symlink_to(ROOT)
+    (tmp_path / "kustomization.yaml").write_text(example)
+    manifests = kustomize(tmp_path)
+    assert {manifest["metadata"].get("namespace", "shop") for manifest in manifests} == {"shop"}
+    assert one(manifests, "Namespace")["metadata"]["name"] == "shop"
+    [container] = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["image"].startswith("registry.example.com/convoy@sha256:")
+    assert container["resources"]["limits"]["memory"] == "4Gi"
+    [trigger] = one(manifests, "ScaledObject")["spec"]["triggers"]
+    assert trigger["metadata"]["threshold"] == "1.7"
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_component_is_in_the_docs(component):
+    assert f"`{component}`" in (ROOT / "docs/operations.md").read_text()

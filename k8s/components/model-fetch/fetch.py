@@ -1,0 +1,82 @@
+"""Fetch the models' archive, and unpack it only if it is the one that was meant.
+
+    MODELS_URL=https://… MODELS_SHA256=… python fetch.py DIRECTORY
+
+Run by the init container, with nothing but Python. The archive is a tar file, compressed or not, of <name>/<version>/…
+as under `models/`. What is in DIRECTORY is either all of it or nothing: a container that is started again in the same
+pod finds it whole, and does not fetch it twice.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 60
+"""Of silence, not of the whole."""
+SCRATCH = ".fetching"
+"""Hidden, so that the service would pass it over."""
+
+
+def fetch(url: str, sha256: str, into: Path) -> str:
+    """Bring the models into a directory; returns what was done, in one sentence.
+
+    Raises:
+        ValueError: the archive is another one, or no archive of models; nothing is left of it.
+        OSError: it cannot be fetched or written.
+    """
+    done = into / f".{sha256}"
+    if done.exists():
+        return f"{into} holds the models already."
+    scratch = into / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        archive = scratch / "archive"
+        found = _download(url, archive)
+        if found != sha256:
+            raise ValueError(f"{url} has SHA-256 {found}, and not {sha256}: nothing is unpacked.")
+        unpacked = scratch / "models"
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(unpacked, filter="data")
+        except tarfile.TarError as error:
+            raise ValueError(f"{url} is no archive of models: {error}.") from error
+        archive.unlink()
+        names = sorted(path.name for path in unpacked.iterdir() if path.is_dir())
+        for name in names:
+            shutil.rmtree(into / name, ignore_errors=True)
+            (unpacked / name).rename(into / name)
+        done.touch()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return f"Fetched {', '.join(names)} from {url}."
+
+
+def _download(url: str, to: Path) -> str:
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer, to.open("wb") as file:
+        while chunk := answer.read(CHUNK_BYTES):
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
+
+
+def main() -> int:
+    """Do it as the environment says; 1 with one sentence where that cannot be."""
+    url, sha256 = os.environ["MODELS_URL"], os.environ["MODELS_SHA256"].lower()
+    try:
+        sys.stdout.write(fetch(url, sha256, Path(sys.argv[1])) + "\n")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
