@@ -187,6 +187,8 @@ class LocalEngine:
         stages.decode_s = time.monotonic() - started
         model.metrics.decode.observe(stages.decode_s)
         outputs = await self._run(model, (pixels,), len(images), None, ticket, stages)
+        if model.sampler is not None and model.sampler.take(started):
+            model.sampler.look(pixels, outputs[0], images)
         return Prediction(model, cast("NDArray[np.float32]", outputs[0]), stages)
 
     async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
@@ -195,6 +197,8 @@ class LocalEngine:
         ticket.hold_images(rows)
         stages = Stages()
         outputs = await self._run(model, tuple(inputs), rows, model.kind_of(inputs), ticket, stages)
+        if model.sampler is not None and model.sampler.take(time.monotonic()):
+            model.sampler.look(inputs[0], outputs[0], None)
         return Inference(model, outputs, stages)
 
     def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp | None:
@@ -207,7 +211,8 @@ class LocalEngine:
         pixels = _decode_small([image], model.classifier.pixels)
         if pixels is None:
             return None
-        return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started))
+        sampled = [image] if model.sampler is not None and model.sampler.take(started) else None
+        return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started), sampled)
 
     def begin_pixels(self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin_pixels`."""
@@ -270,9 +275,16 @@ class LocalEngine:
         return outputs
 
 
-def _submit(model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell, stages: Stages) -> GiveUp:
+def _submit(
+    model: LoadedModel,
+    pixels: NDArray[np.uint8],
+    ticket: Ticket,
+    tell: Tell,
+    stages: Stages,
+    sampled: Sequence[bytes] | None = None,
+) -> GiveUp:
     ticket.stage = "queue"
-    waiting = _Waiting(model, ticket, tell, stages)
+    waiting = _Waiting(model, ticket, tell, stages, sampled)
     waiting.job = model.batcher.submit((pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting)
     return waiting.give_up
 
@@ -280,12 +292,15 @@ def _submit(model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell:
 class _Waiting:
     """Images on their way through a model, for whom no task waits: the batcher answers it as it answers a future."""
 
-    __slots__ = ("_model", "_stages", "_tell", "_ticket", "job")
+    __slots__ = ("_model", "_sampled", "_stages", "_tell", "_ticket", "job")
 
     job: Job | None
 
-    def __init__(self, model: LoadedModel, ticket: Ticket, tell: Tell, stages: Stages) -> None:
+    def __init__(
+        self, model: LoadedModel, ticket: Ticket, tell: Tell, stages: Stages, sampled: Sequence[bytes] | None
+    ) -> None:
         self._model = model
+        self._sampled = sampled
         self._ticket = ticket
         self._tell: Tell | None = tell
         self._stages = stages
@@ -301,6 +316,8 @@ class _Waiting:
         stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
         self._model.metrics.decode.observe(stages.decode_s)
         _count(self._model, stages, job.rows)
+        if self._sampled is not None and self._model.sampler is not None:
+            self._model.sampler.look(job.inputs[0], outputs[0], self._sampled)
         self._end(Prediction(self._model, cast("NDArray[np.float32]", outputs[0]), stages))
 
     def set_exception(self, error: Exception, /) -> None:
