@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers bench-survival contract networks kubectl policies clean
+.PHONY: help run test training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ bench-survival: $(VENV)/.dev ## overload, leaving clients, kills, signals, quota
 
 contract: $(VENV)/.dev ## hold the answers to 5,000 requests against both OpenAPI documents (ARGS="--cases 500")
 	$(BIN)/python -m tests.contract $(ARGS)
+
+dashboards: $(VENV)/.dev ## make Grafana's dashboards from deploy/grafana/dashboards.py
+	$(BIN)/python deploy/grafana/dashboards.py
+
+watch-check: $(VENV)/.dev ## a real Prometheus watches a real service for ten minutes and sees it broken (ARGS="--seconds 60"); needs prometheus
+	$(BIN)/python -m benchmarks.watch $(ARGS)
 
 networks: $(VENV)/.dev ## train, export and serve every network of training/nets on a few drawn images (ARGS="resnet50 --size 224")
 	$(BIN)/python -m tests.networks $(ARGS)

@@ -160,6 +160,8 @@ class Admission:
         self._clock = clock
         self._lanes: dict[str, Lane] = {}
         self._metrics = metrics
+        for resource in ("images", "bytes", "pixels"):
+            metrics.inflight_limit.labels(resource).set(getattr(limits, resource))
 
     def add_images(self, count: int) -> None:
         """Count images that come in, or leave (negative)."""

@@ -27,7 +27,8 @@ import numpy as np
 
 from app.cpus import step_back
 from app.errors import ConvoyError, InferenceError, UnavailableError
-from app.metrics import ModelMetrics, Number
+from app.families import Number
+from app.metrics import ModelMetrics
 from app.sessions import Session
 from app.tensors import Array
 
@@ -194,6 +195,11 @@ class Line:
         self._rows = rows
         if self._shown is not None:
             self._shown.set(rows)
+
+    def oldest(self) -> float:
+        """Return when the first of the jobs that wait came, clock time; 0: none waits."""
+        with self._changed:
+            return min((next(iter(queue)).queued_at for queue in self._queues if queue), default=0.0)
 
     def extend(self, jobs: Sequence[Job]) -> None:
         """Put jobs at the end.
@@ -388,6 +394,11 @@ class Batcher:
         """When the longest run that a session is in began, clock time; 0: none runs."""
         return min(filter(None, self._running_since), default=0.0)
 
+    def show(self) -> None:
+        """Show how many sessions there are, and how long the first that waits has waited."""
+        self._metrics.sessions.set(self.parallel)
+        self._metrics.queue_age.set(self._line.oldest())
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish what waits and stop the threads; blocks until they have ended, at most `timeout_s`.
 
@@ -399,6 +410,8 @@ class Batcher:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 log.warning("session is stuck", extra={"session": thread.name})
+        self._metrics.sessions.set(0)
+        self._metrics.queue_age.set(0)
 
     def _serve_loop(self, session: Session, number: int) -> None:
         step_back()

@@ -187,7 +187,9 @@ class LocalEngine:
         stages.decode_s = time.monotonic() - started
         model.metrics.decode.observe(stages.decode_s)
         outputs = await self._run(model, (pixels,), len(images), None, ticket, stages)
-        return Prediction(model, cast("NDArray[np.float32]", outputs[0]), stages)
+        if model.sampler is not None and model.sampler.take(started):
+            model.sampler.look(pixels, _probabilities(outputs), images)
+        return Prediction(model, _probabilities(outputs), stages)
 
     async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
         """See `Engine.infer`."""
@@ -195,6 +197,8 @@ class LocalEngine:
         ticket.hold_images(rows)
         stages = Stages()
         outputs = await self._run(model, tuple(inputs), rows, model.kind_of(inputs), ticket, stages)
+        if model.sampler is not None and model.sampler.take(time.monotonic()):
+            model.sampler.look(cast("NDArray[np.uint8]", inputs[0]), _probabilities(outputs), None)
         return Inference(model, outputs, stages)
 
     def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp:
@@ -204,11 +208,12 @@ class LocalEngine:
         ticket.stage = "decode"
         started = time.monotonic()
         pixels = _decode_small([image], recipe)
+        sampled = [image] if model.sampler is not None and model.sampler.take(started) else None
         if pixels is not None:
-            return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started)).give_up
+            return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started), sampled).give_up
         ticket.hold_pixels(count_pixels(image, self._max_image_pixels))
         decoding = self._decoders.submit(decode, image, recipe, self._max_image_pixels)
-        return _Decoding(model, ticket, tell, decoding, started).give_up
+        return _Decoding(model, ticket, tell, decoding, started, sampled).give_up
 
     def begin_pixels(self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin_pixels`."""
@@ -274,10 +279,16 @@ class LocalEngine:
 class _Decoding:
     """An image in the decode pool, for whom no task waits; decoded, it goes on to the model by itself."""
 
-    __slots__ = ("_decoding", "_give_back", "_loop", "_model", "_started", "_tell", "_ticket", "_waiting")
+    __slots__ = ("_decoding", "_give_back", "_loop", "_model", "_sampled", "_started", "_tell", "_ticket", "_waiting")
 
     def __init__(
-        self, model: LoadedModel, ticket: Ticket, tell: Tell, decoding: Future[NDArray[np.uint8]], started: float
+        self,
+        model: LoadedModel,
+        ticket: Ticket,
+        tell: Tell,
+        decoding: Future[NDArray[np.uint8]],
+        started: float,
+        sampled: Sequence[bytes] | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._model = model
@@ -285,6 +296,7 @@ class _Decoding:
         self._tell: Tell | None = tell
         self._decoding: Future[NDArray[np.uint8]] | None = decoding
         self._started = started
+        self._sampled = sampled
         self._waiting: _Waiting | None = None
         self._give_back: Callable[[], None] | None = None
         decoding.add_done_callback(self._cross)
@@ -317,7 +329,8 @@ class _Decoding:
         error = decoding.exception()
         if error is None:
             try:
-                self._waiting = _submit(self._model, decoding.result()[None], self._ticket, tell, stages)
+                pixels = decoding.result()[None]
+                self._waiting = _submit(self._model, pixels, self._ticket, tell, stages, self._sampled)
                 return
             except Exception as fault:  # the loop, which called, has nobody to tell
                 error = fault
@@ -325,9 +338,16 @@ class _Decoding:
         del error  # raised here, it holds this frame
 
 
-def _submit(model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell, stages: Stages) -> "_Waiting":
+def _submit(
+    model: LoadedModel,
+    pixels: NDArray[np.uint8],
+    ticket: Ticket,
+    tell: Tell,
+    stages: Stages,
+    sampled: Sequence[bytes] | None = None,
+) -> "_Waiting":
     ticket.stage = "queue"
-    waiting = _Waiting(model, ticket, tell, stages)
+    waiting = _Waiting(model, ticket, tell, stages, sampled)
     waiting.job = model.batcher.submit((pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting)
     return waiting
 
@@ -335,12 +355,15 @@ def _submit(model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell:
 class _Waiting:
     """Images on their way through a model, for whom no task waits: the batcher answers it as it answers a future."""
 
-    __slots__ = ("_model", "_stages", "_tell", "_ticket", "job")
+    __slots__ = ("_model", "_sampled", "_stages", "_tell", "_ticket", "job")
 
     job: Job | None
 
-    def __init__(self, model: LoadedModel, ticket: Ticket, tell: Tell, stages: Stages) -> None:
+    def __init__(
+        self, model: LoadedModel, ticket: Ticket, tell: Tell, stages: Stages, sampled: Sequence[bytes] | None
+    ) -> None:
         self._model = model
+        self._sampled = sampled
         self._ticket = ticket
         self._tell: Tell | None = tell
         self._stages = stages
@@ -356,7 +379,10 @@ class _Waiting:
         stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
         self._model.metrics.decode.observe(stages.decode_s)
         _count(self._model, stages, job.rows)
-        self._end(Prediction(self._model, cast("NDArray[np.float32]", outputs[0]), stages))
+        if self._sampled is not None and self._model.sampler is not None:
+            pixels = cast("NDArray[np.uint8]", job.inputs[0])
+            self._model.sampler.look(pixels, _probabilities(outputs), self._sampled)
+        self._end(Prediction(self._model, _probabilities(outputs), stages))
 
     def set_exception(self, error: Exception, /) -> None:
         """Tell what went wrong."""
@@ -377,6 +403,11 @@ class _Waiting:
         assert tell is not None, "nobody is told twice"
         self._tell = self.job = None  # a job and who waits for it hold each other
         tell(result)
+
+
+def _probabilities(outputs: tuple[Array, ...]) -> NDArray[np.float32]:
+    """Return a classifier's first output."""
+    return cast("NDArray[np.float32]", outputs[0])
 
 
 def _count(model: LoadedModel, stages: Stages, rows: int) -> None:

@@ -27,6 +27,7 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)
 # What Pillow raises on damaged files, beside UnidentifiedImageError (a subclass of OSError).
 _DAMAGE = (
     OSError,
@@ -118,6 +119,16 @@ def count_pixels(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> int:
         return header.width * header.height
     with _open(data, max_pixels) as image:
         return image.width * image.height
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of an image that has been decoded, as it is looked at, pixels."""
+    header = jpeg.read_header(data)
+    if header is not None and header.plain:
+        return header.width, header.height
+    with _open(data, MAX_SIDE**2) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE
+        return (image.height, image.width) if lies else image.size
 
 
 def forbid_pillow_guesses() -> None:

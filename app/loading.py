@@ -13,6 +13,7 @@ import numpy as np
 
 from app.batchable import fit_of, sample, why_rows_run_alone
 from app.batcher import Batcher
+from app.drift import Sampler
 from app.errors import BadRequestError, BundleError
 from app.golden import prove, prove_tensors
 from app.manifest import (
@@ -47,6 +48,7 @@ class LoadedModel:
         tensor_manifest: what is known of a model of tensors, if anything is.
         batcher: runs it.
         metrics: its series.
+        sampler: looks at some of an image classifier's predictions; None: it takes tensors only.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LoadedModel:
     tensor_manifest: TensorManifest | None
     batcher: Batcher
     metrics: ModelMetrics
+    sampler: Sampler | None = None
 
     @property
     def classifier(self) -> Manifest:
@@ -155,6 +158,7 @@ class Loader:
             None,
             self._start(sessions, self._max_batch, loop, metrics),
             metrics,
+            Sampler(manifest, self._metrics),
         )
         return model, difference
 

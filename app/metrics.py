@@ -6,306 +6,82 @@ whose children are resolved once per model.
 """
 
 import time
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from math import inf, isnan
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from app.pages import NO_VALUE, Page, Series, private_page
+from app.cpus import throttling
+from app.families import (
+    Age,
+    AnyFamily,
+    BatchCounter,
+    Bins,
+    Counter,
+    Family,
+    Gauge,
+    Histogram,
+    Largest,
+    Number,
+    Shares,
+    Smallest,
+    joined,
+)
+from app.pages import Page, Series, WriterState, private_page
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_1_0_0
+DEFAULT_SLO_S = 0.25
 
 # fmt: off
 LATENCY_BUCKETS_S = (
     0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
     0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0,
 )
+LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 # fmt: on
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-BATCH_SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Rows of a run that are counted apart; a number between two of them counts as the larger."""
+BRIGHTNESS_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 224, 255)
+SIZE_BUCKETS_BYTES = tuple(4**power for power in range(5, 13))
+SIDE_BUCKETS = tuple(2**power for power in range(4, 14))
 STAGES = ("decode", "queue", "infer", "post")
+CAUSES = ("died", "hung")
 
-
-class Number:
-    """One counter or gauge. One writer at a time: the event loop, or whoever holds the lock that guards it."""
-
-    __slots__ = ("_at", "_slots")
-
-    def __init__(self, page: Page, at: int) -> None:
-        self._slots, self._at = page.slots, at
-
-    def inc(self, amount: float = 1.0) -> None:
-        """Add to it."""
-        self._slots[self._at] += amount
-
-    def set(self, value: float) -> None:
-        """Replace it (gauges only)."""
-        self._slots[self._at] = value
-
-    def get(self) -> float:
-        """Return what this process has counted, and its page's writers before it."""
-        return self._slots[self._at]
-
-
-class Distribution:
-    """One histogram: a slot for each bucket, not cumulated, one for what is above them all, and one for the sum."""
-
-    __slots__ = ("_bounds", "_first", "_slots", "_sum")
-
-    def __init__(self, page: Page, first: int, bounds: Sequence[float]) -> None:
-        self._slots, self._first, self._bounds = page.slots, first, bounds
-        self._sum = first + len(bounds) + 1
-
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        slots = self._slots
-        slots[self._first + bisect_left(self._bounds, value)] += 1
-        slots[self._sum] += value
-
-
-class Steps:
-    """A counter for each size of `BATCH_SIZES`, in adjacent slots."""
-
-    __slots__ = ("_first", "_slots")
-
-    def __init__(self, page: Page, first: int) -> None:
-        self._slots, self._first = page.slots, first
-
-    def inc(self, size: int, amount: float = 1.0) -> None:
-        """Add to the counter of a size; what is above them all counts as the largest."""
-        self._slots[self._first + min(bisect_left(BATCH_SIZES, size), len(BATCH_SIZES) - 1)] += amount
-
-
-Child = TypeVar("Child", Number, Distribution, Steps)
-
-
-class Family(Generic[Child]):
-    """All series of one name: a child for each set of label values.
-
-    The last `hidden` labels are not shown: Prometheus sees the sums over them, statistics of one version see them.
-    """
-
-    kind = ""
-    width = 1
-
-    def __init__(self, page: Page, name: str, help_text: str, labels: Sequence[str] = (), *, hidden: int = 0) -> None:
-        self.name, self.help_text, self.label_names = name, help_text, tuple(labels)
-        self.shown = len(self.label_names) - hidden
-        self._page = page
-        self._children: dict[tuple[object, ...], Child] = {}
-
-    def labels(self, *values: object) -> Child:
-        """Return the child with these label values, in the order of the declaration; it is shown from now on."""
-        child = self._children.get(values)
-        if child is None:
-            assert len(values) == len(self.label_names), f"{self.name} has the labels {self.label_names}"
-            child = self._children[values] = self._make(tuple(map(str, values)))
-        return child
-
-    def forget(self, values: tuple[str, ...]) -> None:
-        """Forget the child with these label values, whose place in the page is about to be another's."""
-        for known in [known for known in self._children if tuple(map(str, known)) == values]:
-            del self._children[known]
-
-    def _make(self, values: tuple[str, ...]) -> Child:
-        raise NotImplementedError
-
-    def join(self, one: list[float], other: list[float]) -> list[float]:
-        """Return what two processes, or two hidden label values, make together."""
-        return [mine + yours for mine, yours in zip(one, other, strict=True)]
-
-    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
-        """Return the family as Prometheus sees it, from each child's slots."""
-        raise NotImplementedError
-
-
-class Counter(Family[Number]):
-    """Numbers that only grow."""
-
-    kind = "counter"
-
-    def _make(self, values: tuple[str, ...]) -> Number:
-        return Number(self._page, self._page.place(self.name, values, 1))
-
-    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
-        """See `Family.expose`."""
-        family = CounterMetricFamily(self.name.removesuffix("_total"), self.help_text, labels=self.label_names)
-        for values, (total,) in totals.items():
-            family.add_metric(values, total)
-        return family
-
-
-class Gauge(Family[Number]):
-    """Numbers that rise and fall, and are gone with the process that set them."""
-
-    kind = "gauge"
-
-    def _make(self, values: tuple[str, ...]) -> Number:
-        number = Number(self._page, self._page.place(self.name, values, 1, gauge=True))
-        number.set(0)
-        return number
-
-    def remove(self, *values: object) -> None:
-        """Show the child with these label values no longer."""
-        self.labels(*values).set(NO_VALUE)
-        del self._children[values]
-
-    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
-        """See `Family.expose`."""
-        family = GaugeMetricFamily(self.name, self.help_text, labels=self.label_names[: self.shown])
-        for values, (total,) in totals.items():
-            # Of a state that several processes are in there is still one.
-            family.add_metric(values, min(total, 1) if self.name.endswith("_info") else total)
-        return family
-
-
-class Latest(Gauge):
-    """Moments, of which the latest counts, Unix time."""
-
-    def join(self, one: list[float], other: list[float]) -> list[float]:
-        """See `Family.join`."""
-        return max(one, other)
-
-
-class BatchCounter(Family[Steps]):
-    """Numbers that only grow, one for each batch size, which is the last label, `rows`."""
-
-    kind = "counter"
-    width = len(BATCH_SIZES)
-
-    def _make(self, values: tuple[str, ...]) -> Steps:
-        return Steps(self._page, self._page.place(self.name, values, self.width))
-
-    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
-        """See `Family.expose`; sizes that never were are left out."""
-        family = CounterMetricFamily(
-            self.name.removesuffix("_total"), self.help_text, labels=(*self.label_names, "rows")
-        )
-        for values, by_size in totals.items():
-            for size, total in zip(BATCH_SIZES, by_size, strict=True):
-                if total:
-                    family.add_metric((*values, str(size)), total)
-        return family
-
-
-class Histogram(Family[Distribution]):
-    """Numbers of values by size."""
-
-    kind = "histogram"
-
-    def __init__(
-        self,
-        page: Page,
-        name: str,
-        help_text: str,
-        labels: Sequence[str] = (),
-        *,
-        buckets: Sequence[float],
-        hidden: int = 0,
-    ) -> None:
-        super().__init__(page, name, help_text, labels, hidden=hidden)
-        self._bounds = tuple(map(float, buckets))
-        self.width = len(buckets) + 2
-
-    def _make(self, values: tuple[str, ...]) -> Distribution:
-        return Distribution(self._page, self._page.place(self.name, values, self.width), self._bounds)
-
-    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
-        """See `Family.expose`."""
-        family = HistogramMetricFamily(self.name, self.help_text, labels=self.label_names[: self.shown])
-        names = [floatToGoString(bound) for bound in (*self._bounds, inf)]  # type: ignore[no-untyped-call]
-        for values, total in totals.items():
-            count, buckets = 0.0, []
-            for name, in_bucket in zip(names, total, strict=False):
-                count += in_bucket
-                buckets.append((name, count))
-            family.add_metric(values, buckets, sum_value=total[-1])
-        return family
-
-
-AnyFamily = Family[Number] | Family[Distribution] | Family[Steps]
+AFamily = TypeVar("AFamily", bound=Family[Any])
 
 
 class Metrics:
     """The service's series; label sets are bounded by the models and routes that exist."""
 
-    def __init__(self, page: Page | None = None, pages: Sequence[Page] | None = None) -> None:
+    def __init__(
+        self,
+        page: Page | None = None,
+        pages: Sequence[Page] | None = None,
+        common: Page | None = None,
+        *,
+        slo_s: float = DEFAULT_SLO_S,
+    ) -> None:
         """Declare every series.
 
         Args:
             page: where this process counts; None: a page of its own.
-            pages: what `render` sums up; None: that page alone.
+            pages: of the processes that serve, which `render` sums up; None: that page alone.
+            common: the page in which the supervisor counts, if there is one.
+            slo_s: the time within which an answer is a good one: a bucket of the histograms of time ends there.
         """
         self.page = page or private_page()
         self.pages = pages or [self.page]
+        self._counted = [*self.pages, *([common] if common else [])]
         self.families: dict[str, AnyFamily] = {}
-        self.requests = self._counter(
-            "convoy_requests_total", "Requests answered.", "model", "version", "route", "code"
-        )
-        self.images = self._counter("convoy_images_total", "Images classified.", "model", "version")
-        self.request_duration = self._histogram(
-            "convoy_request_duration_seconds",
-            "From a request's headers to the end of its answer.",
-            "model",
-            "route",
-            "version",
-            "code",
-            buckets=LATENCY_BUCKETS_S,
-            hidden=2,
-        )
-        self.stage_duration = self._histogram(
-            "convoy_stage_duration_seconds",
-            "Time of a request in one stage: decode, queue, infer, post.",
-            "model",
-            "stage",
-            "version",
-            buckets=LATENCY_BUCKETS_S,
-            hidden=1,
-        )
-        self.batch_size = self._histogram(
-            "convoy_batch_size", "Images per session run.", "model", buckets=BATCH_BUCKETS
-        )
-        self.batches = self._batch_counter("convoy_batches_total", "Session runs, by rows.", "model", "version")
-        self.batch_seconds = self._batch_counter(
-            "convoy_batch_seconds_total", "Time that session runs took, by rows.", "model", "version"
-        )
-        self.last_inference = self._latest(
-            "convoy_last_inference_timestamp_seconds", "When the last session run ended.", "model", "version"
-        )
-        self.queue_rows = self._gauge(
-            "convoy_queue_rows", "Decoded images that wait for a session.", "model", "version", hidden=1
-        )
-        self.inflight_requests = self._gauge("convoy_inflight_requests", "Requests being worked on.", "model")
-        self.inflight_images = self._gauge("convoy_inflight_images", "Images admitted and unanswered.").labels()
-        self.inflight_bytes = self._gauge("convoy_inflight_bytes", "Bytes of request bodies held.").labels()
-        self.inflight_pixels = self._gauge("convoy_inflight_pixels", "Pixels that wait to be decoded.").labels()
-        self.rejected = self._counter("convoy_rejected_total", "Requests refused, by reason.", "model", "reason")
-        self.dropped = self._counter(
-            "convoy_dropped_total",
-            "Requests given up after they were admitted: deadline passed or client gone.",
-            "model",
-            "stage",
-            "reason",
-        )
-        self.model_info = self._gauge(
-            "convoy_model_info",
-            "1 for the state that a model is in.",
-            "model",
-            "version",
-            "digest",
-            "provider",
-            "state",
-        )
-        self.session_busy = self._counter(
-            "convoy_session_busy_seconds_total", "Time that a session spent running.", "model", "device", "session"
-        )
+        self._declare_requests(tuple(sorted({*LATENCY_BUCKETS_S, slo_s})))
+        self._declare_models()
+        self._declare_process()
+        self._declare_gpus()
+        self._declare_predictions()
         self.registry = CollectorRegistry()
         if len(self.pages) == 1:
             ProcessCollector(registry=self.registry)
@@ -314,7 +90,190 @@ class Metrics:
         else:
             PlatformCollector(registry=self.registry)
             self.registry.register(_Processes(self.pages))
-        self.registry.register(_Totals(self.families, self.pages))
+        self.registry.register(_Totals(self.families, self._counted))
+        self.registry.register(_States(self.pages))
+        self.registry.register(_Throttling())
+
+    def _declare_requests(self, seconds: Sequence[float]) -> None:
+        page, add = self.page, self._add
+        # fmt: off
+        self.requests = add(Counter(
+            page, "convoy_requests_total", "Requests answered.", ("model", "version", "route", "code")
+        ))
+        self.images = add(Counter(page, "convoy_images_total", "Images classified.", ("model", "version")))
+        self.request_duration = add(Histogram(
+            page, "convoy_request_duration_seconds", "From a request's headers to the end of its answer.",
+            ("model", "route", "version", "code"), buckets=seconds, hidden=2,
+        ))
+        self.stage_duration = add(Histogram(
+            page, "convoy_stage_duration_seconds", "Time of a request in one stage: decode, queue, infer, post.",
+            ("model", "stage", "version"), buckets=seconds, hidden=1,
+        ))
+        self.slo = add(Largest(
+            page, "convoy_slo_seconds", "Time within which an answer is good; a bucket `bound` ends there.", ("bound",)
+        ))
+        self.batch_size = add(Histogram(
+            page, "convoy_batch_size", "Images per session run.", ("model",), buckets=BATCH_BUCKETS
+        ))
+        self.batches = add(BatchCounter(
+            page, "convoy_batches_total", "Session runs, by rows.", ("model", "version")
+        ))
+        self.batch_seconds = add(BatchCounter(
+            page, "convoy_batch_seconds_total", "Time that session runs took, by rows.", ("model", "version")
+        ))
+        self.last_inference = add(Largest(
+            page, "convoy_last_inference_timestamp_seconds", "When the last session run ended.", ("model", "version")
+        ))
+        self.queue_rows = add(Gauge(
+            page, "convoy_queue_rows", "Decoded images that wait for a session.", ("model", "version"), hidden=1
+        ))
+        self.queue_age = add(Age(
+            page, "convoy_queue_age_seconds", "How long the first of the images that wait has waited.",
+            ("model", "version"), hidden=1,
+        ))
+        self.inflight_requests = add(Gauge(
+            page, "convoy_inflight_requests", "Requests being worked on.", ("model",)
+        ))
+        self.inflight_images = add(Gauge(
+            page, "convoy_inflight_images", "Images admitted and unanswered."
+        )).labels()
+        self.inflight_bytes = add(Gauge(
+            page, "convoy_inflight_bytes", "Bytes of request bodies held."
+        )).labels()
+        self.inflight_pixels = add(Gauge(
+            page, "convoy_inflight_pixels", "Pixels that wait to be decoded."
+        )).labels()
+        self.inflight_limit = add(Gauge(
+            page, "convoy_inflight_limit", "How many images, bytes and pixels may be inside.", ("resource",)
+        ))
+        self.rejected = add(Counter(
+            page, "convoy_rejected_total", "Requests refused, by reason.", ("model", "reason")
+        ))
+        self.dropped = add(Counter(
+            page, "convoy_dropped_total", "Requests given up after they were admitted: deadline passed or client gone.",
+            ("model", "stage", "reason"),
+        ))
+        # fmt: on
+
+    def _declare_models(self) -> None:
+        page, add = self.page, self._add
+        # fmt: off
+        self.model_info = add(Largest(
+            page, "convoy_model_info", "1 for the state that a model is in.",
+            ("model", "version", "digest", "provider", "state"),
+        ))
+        self.load_seconds = add(Largest(
+            page, "convoy_model_load_seconds", "How long loading, proving and warming up took.", ("model", "version")
+        ))
+        self.reloads = add(Counter(
+            page, "convoy_reloads_total", "Times that a model's folder was looked at, by result.", ("model", "result")
+        ))
+        self.last_reload = add(Largest(
+            page, "convoy_last_reload_timestamp_seconds", "When a model's folder was last looked at.", ("model",)
+        ))
+        self.last_reload_success = add(Smallest(
+            page, "convoy_last_reload_success", "Whether all is served then that should be.", ("model",)
+        ))
+        self.sessions = add(Gauge(
+            page, "convoy_sessions", "Sessions, each of which runs one batch at a time.", ("model", "version"), hidden=1
+        ))
+        self.session_busy = add(Counter(
+            page, "convoy_session_busy_seconds_total", "Time that a session spent running.",
+            ("model", "device", "session"),
+        ))
+        self.wanted_device = add(Largest(
+            page, "convoy_wanted_device_info", "1 for where models should run, with this runtime and these settings.",
+            ("device",),
+        ))
+        # fmt: on
+
+    def _declare_process(self) -> None:
+        page, add = self.page, self._add
+        # fmt: off
+        self.build_info = add(Largest(
+            page, "convoy_build_info", "1 for what is running.", ("version", "runtime", "runtime_version")
+        ))
+        self.loop_lag = add(Histogram(
+            page, "convoy_event_loop_lag_seconds", "How late the event loop woke up, ten times a second.",
+            buckets=LAG_BUCKETS_S,
+        )).labels()
+        self.cpu_limit = add(Largest(
+            page, "convoy_cpu_limit_cores", "Processors that all processes may use together."
+        ))
+        self.threads = add(Gauge(
+            page, "convoy_threads", "Threads that compute, by what they do.", ("pool",)
+        ))
+        self.worker_exits = add(Counter(
+            page, "convoy_worker_exits_total", "Workers that ended without being told to, by cause.", ("cause",)
+        ))
+        # fmt: on
+
+    def _declare_gpus(self) -> None:
+        page, add, gpu = self.page, self._add, ("gpu",)
+        # fmt: off
+        self.gpu_info = add(Largest(page, "convoy_gpu_info", "1 for each GPU.", ("gpu", "uuid", "name")))
+        self.gpu_utilization = add(Largest(
+            page, "convoy_gpu_utilization_ratio", "Share of time in which the GPU ran something.", gpu
+        ))
+        self.gpu_memory_used = add(Largest(
+            page, "convoy_gpu_memory_used_bytes", "Memory of the GPU that is taken, by whomever.", gpu
+        ))
+        self.gpu_memory_total = add(Largest(page, "convoy_gpu_memory_total_bytes", "Memory of the GPU.", gpu))
+        self.gpu_power = add(Largest(page, "convoy_gpu_power_watts", "Power that the GPU draws.", gpu))
+        self.gpu_power_limit = add(Largest(page, "convoy_gpu_power_limit_watts", "Power that it may draw.", gpu))
+        self.gpu_temperature = add(Largest(page, "convoy_gpu_temperature_celsius", "Temperature of the GPU.", gpu))
+        # fmt: on
+
+    def _declare_predictions(self) -> None:
+        page, add, which = self.page, self._add, ("model", "version")
+        # fmt: off
+        self.confidence = add(Histogram(
+            page, "convoy_prediction_confidence", "Probability of the likeliest class, of sampled images.", which,
+            buckets=SHARE_BUCKETS,
+        ))
+        self.entropy = add(Histogram(
+            page, "convoy_prediction_entropy_ratio", "Entropy of the probabilities as a share of the largest possible.",
+            which, buckets=SHARE_BUCKETS,
+        ))
+        self.brightness = add(Histogram(
+            page, "convoy_image_brightness", "Mean luma of sampled images, 0 to 255.", which, buckets=BRIGHTNESS_BUCKETS
+        ))
+        self.image_bytes = add(Histogram(
+            page, "convoy_image_size_bytes", "Encoded size of sampled images.", which, buckets=SIZE_BUCKETS_BYTES
+        ))
+        self.image_side = add(Histogram(
+            page, "convoy_image_short_side_pixels", "Short side of sampled images, before the resize.", which,
+            buckets=SIDE_BUCKETS,
+        ))
+        self.features = add(Bins(
+            page, "convoy_feature_images_total", "Sampled images by what they and their answers look like.",
+            ("model", "version", "feature", "bins"),
+        ))
+        self.reference = add(Shares(
+            page, "convoy_feature_reference_ratio", "Share of each bin in the reference of the model's bundle.",
+            ("model", "version", "feature", "bins"),
+        ))
+        self.reference_images = add(Largest(
+            page, "convoy_feature_reference_images", "Images that the reference was made of.", which
+        ))
+        # fmt: on
+
+    def promise(self, slo_s: float) -> None:
+        """Show the time within which an answer is a good one."""
+        self.slo.labels(floatToGoString(slo_s)).set(slo_s)  # type: ignore[no-untyped-call]
+
+    def reloaded(self, model: str, ok: bool) -> None:
+        """Count that a model's folder was looked at, and whether all is served now that should be.
+
+        Of the model without a name: that all workers were replaced, or not.
+        """
+        self.reloads.labels(model, "success" if ok else "failure").inc()
+        self.last_reload.labels(model).set(time.time())
+        self.last_reload_success.labels(model).set(ok)
+
+    def _add(self, family: AFamily) -> AFamily:
+        self.families[family.name] = family
+        return family
 
     def for_model(self, model: str, version: str) -> "ModelMetrics":
         """Resolve the children of one model."""
@@ -352,34 +311,7 @@ class Metrics:
 
     def sums(self, *names: str) -> dict[str, dict[tuple[str, ...], list[float]]]:
         """Return the slots of every series of some families, by all its labels, joined over all pages."""
-        return _joined({name: self.families[name] for name in names}, self.pages)
-
-    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
-        family = Counter(self.page, name, help_text, labels)
-        self.families[name] = family
-        return family
-
-    def _gauge(self, name: str, help_text: str, *labels: str, hidden: int = 0) -> Gauge:
-        family = Gauge(self.page, name, help_text, labels, hidden=hidden)
-        self.families[name] = family
-        return family
-
-    def _latest(self, name: str, help_text: str, *labels: str) -> Latest:
-        family = Latest(self.page, name, help_text, labels)
-        self.families[name] = family
-        return family
-
-    def _batch_counter(self, name: str, help_text: str, *labels: str) -> BatchCounter:
-        family = BatchCounter(self.page, name, help_text, labels)
-        self.families[name] = family
-        return family
-
-    def _histogram(
-        self, name: str, help_text: str, *labels: str, buckets: Sequence[float], hidden: int = 0
-    ) -> Histogram:
-        family = Histogram(self.page, name, help_text, labels, buckets=buckets, hidden=hidden)
-        self.families[name] = family
-        return family
+        return joined({name: self.families[name] for name in names}, self._counted)
 
 
 class ModelMetrics:
@@ -393,6 +325,8 @@ class ModelMetrics:
         self._batch_seconds = metrics.batch_seconds.labels(model, version)
         self._last_inference = metrics.last_inference.labels(model, version)
         self.queue_rows = metrics.queue_rows.labels(model, version)
+        self.sessions = metrics.sessions.labels(model, version)
+        self.queue_age = metrics.queue_age.labels(model, version)
         self.inflight_requests = metrics.inflight_requests.labels(model)
         stages = {stage: metrics.stage_duration.labels(model, stage, version) for stage in STAGES}
         self.decode, self.queue, self.infer, self.post = (stages[stage] for stage in STAGES)
@@ -420,30 +354,59 @@ class _Totals(Collector):
         self._families, self._pages = families, pages
 
     def collect(self) -> Iterator[Metric]:
-        joined = _joined(self._families, self._pages)
+        by_name = joined(self._families, self._pages)
         for name, family in self._families.items():
             totals: dict[tuple[str, ...], list[float]] = {}
-            for labels, values in joined[name].items():
+            for labels, values in by_name[name].items():
                 shown = labels[: family.shown]
                 totals[shown] = family.join(totals[shown], values) if shown in totals else values
             yield family.expose(totals)
 
 
-def _joined(families: Mapping[str, AnyFamily], pages: Sequence[Page]) -> dict[str, dict[tuple[str, ...], list[float]]]:
-    """Return the slots of every series of some families, joined over pages."""
-    joined: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in families}
-    for page in pages:
-        for name, labels, width, _, first in page.series():
-            family = families.get(name)
-            # A page may hold what another version of this program has left there.
-            if family is None or family.width != width or len(family.label_names) != len(labels):
-                continue
-            values = [page.slots[at] for at in range(first, first + width)]
-            if isnan(values[0]):  # a gauge that is not shown
-                continue
-            so_far = joined[name].get(labels)
-            joined[name][labels] = values if so_far is None else family.join(so_far, values)
-    return joined
+class _States(Collector):
+    """What the processes say of themselves, by their pages."""
+
+    def __init__(self, pages: Sequence[Page]) -> None:
+        self._pages = pages
+
+    def collect(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("convoy_ready", "Whether a process is there that wants traffic, as /readyz says.")
+        ready.add_metric((), any(page.is_ready for page in self._pages))
+        yield ready
+        workers = GaugeMetricFamily("convoy_workers", "Processes that serve, by state.", labels=("state",))
+        states = [page.state for page in self._pages if page.pid]
+        for state in WriterState:
+            if state is not WriterState.FREE:
+                workers.add_metric((state.name.lower(),), states.count(state))
+        yield workers
+
+
+class _Throttling(Collector):
+    """How often the control group had used up its processor time, as the kernel counts it."""
+
+    def collect(self) -> Iterator[Metric]:
+        found = throttling()
+        for name, help_text, value in (
+            (
+                "convoy_cpu_periods",
+                "Periods of the CPU quota in which the container ran.",
+                found.periods if found else None,
+            ),
+            (
+                "convoy_cpu_throttled_periods",
+                "Those of them in which it was halted.",
+                found.throttled if found else None,
+            ),
+            (
+                "convoy_cpu_throttled_seconds",
+                "How long threads were halted for that.",
+                found.seconds if found else None,
+            ),
+        ):
+            family = CounterMetricFamily(name, help_text)
+            if value is not None:
+                family.add_metric((), value)
+            yield family
 
 
 class _Processes(Collector):

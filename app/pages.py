@@ -34,6 +34,8 @@ MAX_WIDTH = 64
 """Slots of one series at most."""
 NO_VALUE = math.nan
 """What a gauge holds while it is not shown."""
+SILENT_S = 5.0
+"""A writer whose event loop has not turned for this long gets no trust."""
 
 _SLOT = 8
 _NOTE, _DIRECTORY, _SLOTS = 1 << 10, 128 << 10, 512 << 10
@@ -109,6 +111,11 @@ class Page:
     def silent_s(self) -> float:
         """How long ago the writer last showed that its event loop turns, seconds."""
         return time.monotonic() - self.slots[_HEARTBEAT]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a writer that wants traffic, and turns."""
+        return bool(self.pid) and self.state is WriterState.READY and self.silent_s <= SILENT_S
 
     @property
     def heartbeat(self) -> float:

@@ -15,10 +15,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from app.metrics import CONTENT_TYPE, Metrics
-from app.pages import Page, WriterState
+from app.pages import SILENT_S, Page, WriterState
 
-SILENT_S = 5.0
-"""A worker whose event loop has not turned for this long gets no trust."""
 _JSON = "application/json"
 
 

@@ -305,16 +305,25 @@ class Repository:
         """
         self._end_retirements(wait=True)  # so that memory never holds more than the old version and the new one
         folder = self.shelf.read(name)
-        entry = self.entries.get(name)
-        if entry is None and not folder.path.is_dir():
+        if name not in self.entries and not folder.path.is_dir():
             return {}
+        faults = {"": "It was given up."}
+        try:
+            faults = self._refresh(folder, wish, refused or {}, starting)
+        finally:
+            self._metrics.reloaded(name, not faults)
+        return faults
+
+    def _refresh(self, folder: Folder, wish: Wish, refused: Mapping[str, str], starting: bool) -> dict[str, str]:
+        name = folder.name
+        entry = self.entries.get(name)
         entry = entry or Entry(name, folder.path)
         self.entries = {**self.entries, name: entry}
         if folder.fault and any(version.model is not None for version in entry.versions.values()):
             entry.fault = folder.fault
             log.error("nothing is changed", extra={"model": name, "reason": folder.fault})
             return {"": folder.fault}
-        change = _Change(entry, folder, wish, refused or {}, starting)
+        change = _Change(entry, folder, wish, refused, starting)
         for number in entry.versions.keys() - change.versions.keys():
             self._hide(entry.versions[number])
             self._count_gone(name, number)
@@ -326,6 +335,19 @@ class Repository:
         finally:
             entry.changing = False
         return change.faults
+
+    def providers(self) -> set[str]:
+        """Return where models run now: `cpu`, `cuda`."""
+        return {version.model.provider for version in self._versions() if version.model is not None}
+
+    def show_queues(self) -> int:
+        """Show each model's sessions and how long the first in its line has waited; returns how many there are."""
+        # Those that end first: where a version replaced another of its number, both show the same series.
+        batchers = [retirement.batcher for retirement in list(self._retiring)]
+        batchers += [version.model.batcher for version in self._versions() if version.model is not None]
+        for batcher in batchers:
+            batcher.show()
+        return sum(batcher.parallel for batcher in batchers)
 
     def close(self) -> None:
         """Let every batcher finish what it holds, and stop; blocks."""
@@ -447,6 +469,7 @@ class Repository:
                 version.model = None
             if number in change.opened:
                 version.model, version.stamp, version.load_s = change.opened.pop(number)
+                self._metrics.load_seconds.labels(version.name, number).set(version.load_s)
                 version.state, version.reason = State.READY, ""
             elif version.model is None and version.state is not State.FAILED:
                 version.state = State.UNLOADING if version.state is State.READY else State.UNLOADED

@@ -37,6 +37,7 @@ from app.repository import Repository, State
 from app.settings import Settings
 from app.tls import certificate_of, options
 from app.versions import Selection, Shelf, default_of, find_models
+from app.vitals import Vitals
 
 if TYPE_CHECKING:
     from app.grpc.server import Front
@@ -78,7 +79,8 @@ class Service:
         self.cpus = share_of_cpus(settings.workers)
         self.draining = False
         self.fault: SettingsError | None = None
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics or metrics_for(settings)
+        self.metrics.promise(settings.slo_ms / 1000)
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show, settings.stuck_s)
         self.keyring = Keyring(settings.keys)
@@ -120,11 +122,19 @@ class Service:
             ),
             self.metrics,
         )
+        decode_threads = settings.decode_threads or self.cpus
         self.engine = LocalEngine(
             self.repository,
             admission,
-            decode_threads=settings.decode_threads or self.cpus,
+            decode_threads=decode_threads,
             max_image_pixels=settings.max_image_pixels,
+        )
+        self.vitals = Vitals(
+            self.metrics,
+            self.repository,
+            device=settings.device,
+            decode_threads=decode_threads,
+            threads_per_session=settings.threads_per_session,
         )
         self.app = create_app(
             engine=self.engine,
@@ -164,6 +174,7 @@ class Service:
         """Show in the page that the event loop turns, and in which state models and process are."""
         self.page.beat()
         self.page.show_run(self.repository.running_since)
+        self.vitals.show()
         if self.grpc is not None:
             self.grpc.show(not self.why_not_ready())
         models = {entry.name: entry.state.value for entry in self.repository.entries.values()}
@@ -178,7 +189,9 @@ class Service:
         self._loop = asyncio.get_running_loop()
         loader = threading.Thread(target=self._load, name="loader", daemon=True)
         loader.start()
+        self.vitals.start()
         yield
+        self.vitals.close()
         self.operations.close()
         if self.grpc is not None:
             while not self.grpc.is_over and not self.is_cut_off():
@@ -452,8 +465,21 @@ def serve(settings: Settings) -> None:
         raise service.fault
 
 
+def metrics_for(
+    settings: Settings, page: Page | None = None, pages: Sequence[Page] | None = None, common: Page | None = None
+) -> Metrics:
+    """Return the series as the settings want them; see `Metrics` for the pages."""
+    return Metrics(page, pages, common, slo_s=settings.slo_ms / 1000)
+
+
 def share(
-    settings: Settings, listener: socket.socket, page: Page, pages: Sequence[Page], board: Board, lifeline: int
+    settings: Settings,
+    listener: socket.socket,
+    page: Page,
+    pages: Sequence[Page],
+    common: Page,
+    board: Board,
+    lifeline: int,
 ) -> None:
     """Serve as one of several workers until a signal, or until the supervisor is gone; blocks.
 
@@ -462,6 +488,7 @@ def share(
         listener: the listening socket, which all workers have.
         page: the worker's page.
         pages: the pages of all.
+        common: the page that is nobody's, in which the supervisor counts.
         board: where all read what operators ask for.
         lifeline: a pipe's end that is closed when the supervisor is gone.
 
@@ -469,7 +496,7 @@ def share(
         SettingsError: no models, or no such device.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
-    service = Service(settings, Metrics(page, pages), board)
+    service = Service(settings, metrics_for(settings, page, pages, common), board)
     SharingServer(service, listener, lifeline).run(sockets=[])
     if service.fault is not None:
         raise service.fault

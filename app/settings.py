@@ -149,6 +149,12 @@ class Settings(BaseModel):
         le=86_400_000,
         description="Deadline of a request, from its headers to its answer; Timeout-Ms shortens it.",
     )
+    slo_ms: float = Field(
+        default=250.0,
+        ge=0.1,
+        le=86_400_000,
+        description="An answer within this time is a good one, for metrics and alerts: a bucket ends there exactly.",
+    )
     keep_alive_s: int = Field(
         default=75,
         ge=1,

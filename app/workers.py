@@ -27,7 +27,7 @@ from app.accept import listen, listen_for_probes, reserve_for_grpc, url_of
 from app.board import Board
 from app.cpus import usable_cpus
 from app.errors import ConvoyError, SettingsError
-from app.metrics import Metrics
+from app.metrics import CAUSES, Metrics
 from app.pages import Page, WriterState, create_shared, open_common, open_shared
 from app.probes import ProbePort, Probes, is_stuck
 from app.settings import Settings
@@ -43,6 +43,8 @@ HANGS_S = 30.0
 CUT_OFF_S = 3.0
 """Time to end after the drain, or after it was cut off; then a worker is killed."""
 TICK_S = 0.05
+ALL_WORKERS = ""
+"""In place of a model's name, in the series of reloads."""
 
 # The child finds this package where the parent found it, whatever its own directory holds.
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from app.workers import work; work(*map(int, sys.argv[2:]))"
@@ -110,6 +112,8 @@ class Worker:
         self.ended = asyncio.Event()
         self.status = 0
         self.reason = ""
+        self.hung = False
+        """Whether it was killed because its event loop stood still."""
         self._heartbeat = page.heartbeat
         self._silent_ticks = 0
         self._stuck_s = settings.stuck_s
@@ -177,7 +181,12 @@ class Supervisor:
         self._pages = open_shared(self._memory)
         self._free = list(self._pages)
         self._workers: list[Worker] = []
-        self._probe_port = ProbePort(Probes(Metrics(pages=self._pages)), probes)
+        # On the board's page, of which the board needs the note alone.
+        common = open_common(self._memory)
+        self._metrics = Metrics(common, self._pages, common, slo_s=settings.slo_ms / 1000)
+        for cause in CAUSES:
+            self._metrics.worker_exits.labels(cause).inc(0)
+        self._probe_port = ProbePort(Probes(self._metrics), probes)
         self._stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         self._was_ready = False
@@ -257,6 +266,7 @@ class Supervisor:
             for worker in self._workers:
                 self._was_ready = self._was_ready or worker.page.state is WriterState.READY
                 if worker.hangs():
+                    worker.hung = True
                     log.error("worker hangs: killing it", extra={"worker": worker.number, "pid": worker.process.pid})
                     worker.signal(signal.SIGKILL)
 
@@ -277,6 +287,7 @@ class Supervisor:
             young = worker.age_s < YOUNG_S
             wait = pause if young else 0.0
             pause = min(2 * pause, LAST_PAUSE_S) if young else FIRST_PAUSE_S
+            self._metrics.worker_exits.labels("hung" if worker.hung else "died").inc()
             log.error(
                 "worker died",
                 extra={
@@ -311,6 +322,7 @@ class Supervisor:
                 await self._reload(places)
             except OSError as error:
                 log.error("reload given up", extra={"reason": str(error)})
+                self._metrics.reloaded(ALL_WORKERS, ok=False)
 
     async def _reload(self, places: list[Place]) -> None:
         """Replace every worker, one after the other; where a new one is no good, the old ones stay."""
@@ -320,12 +332,14 @@ class Supervisor:
             if not await self._becomes_ready(new):
                 reason = new.reason or new.page.note.get("reason", "")
                 log.error("reload given up: the old workers stay", extra={"worker": new.number, "reason": reason})
+                self._metrics.reloaded(ALL_WORKERS, ok=False)
                 await self._end(new)
                 return
             old, place.worker = place.worker, new
             await self._end(old)
             log.info("worker replaced", extra={"worker": old.number, "by": new.number, "pid": new.process.pid})
         log.info("reloaded")
+        self._metrics.reloaded(ALL_WORKERS, ok=True)
 
     async def _becomes_ready(self, worker: Worker) -> bool:
         """Wait until a worker is ready, or certain not to become so."""
@@ -367,12 +381,13 @@ def work(number: int, listener: int, memory: int) -> None:
     logs.configure(settings.log_format, settings.log_level, worker=number)
     pages = open_shared(memory)
     page = pages[number - 1]
-    board = Board(open_common(memory), memory)
+    common = open_common(memory)
+    board = Board(common, memory)
     status = 0
     try:
         from app import service
 
-        service.share(settings, socket.socket(fileno=listener), page, pages, board, lifeline)
+        service.share(settings, socket.socket(fileno=listener), page, pages, common, board, lifeline)
     except ConvoyError as fault:
         page.tell(WriterState.FAILED, {"reason": fault.message})
         status = EXIT_FAULT

@@ -8,7 +8,8 @@ import time
 from contextlib import suppress
 
 from app.bench.load import new_runner
-from app.metrics import Counter, Histogram, Metrics
+from app.families import Counter, Histogram
+from app.metrics import Metrics
 from benchmarks.survival.clients import Wire, caller
 from benchmarks.survival.material import PHOTO, photos, requests_of
 from benchmarks.survival.rows import Exchange, Finding, went_backwards

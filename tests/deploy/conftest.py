@@ -62,6 +62,14 @@ def prometheus_config() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def dashboard() -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "convoy.json").read_text())
-    return document
+def dashboards() -> dict[str, dict[str, Any]]:
+    """Every dashboard that Grafana finds, by its uid."""
+    documents = [json.loads(path.read_text()) for path in (ROOT / "deploy" / "grafana" / "dashboards").glob("*.json")]
+    return {document["uid"]: document for document in documents}
+
+
+@pytest.fixture(scope="session")
+def rules() -> list[dict[str, Any]]:
+    """Every rule that Prometheus has, in order."""
+    groups = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules" / "convoy.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]

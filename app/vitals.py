@@ -1,0 +1,76 @@
+"""How this process is: whether its event loop is late, what it may use, what runs in it.
+
+Measures for whoever watches; nothing here decides anything. Knows nothing of requests.
+"""
+
+import asyncio
+
+from app import __version__
+from app.cpus import cpu_limit
+from app.gpu import GpuWatch
+from app.metrics import Metrics
+from app.repository import Repository
+from app.runtime import installed_wheels
+from app.sessions import Device
+
+STEP_S = 0.1
+
+
+class Vitals:
+    """Shows what is true from the start, and goes on measuring on the event loop from `start` to `close`."""
+
+    def __init__(
+        self, metrics: Metrics, repository: Repository, *, device: Device, decode_threads: int, threads_per_session: int
+    ) -> None:
+        """Show what is running, and where it should run.
+
+        Args:
+            metrics: this process's.
+            repository: whose sessions run here.
+            device: the setting.
+            decode_threads: threads that decode.
+            threads_per_session: threads inside each session.
+        """
+        self._metrics = metrics
+        self._repository = repository
+        self._threads_per_session = threads_per_session
+        self._gpus: GpuWatch | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        [(runtime, version)] = installed_wheels().items()
+        metrics.build_info.labels(__version__, runtime, version).set(1)
+        metrics.wanted_device.labels(wanted_device(device, runtime)).set(1)
+        metrics.cpu_limit.labels().set(cpu_limit())
+        metrics.threads.labels("decode").set(decode_threads)
+        self._sessions = metrics.threads.labels("session")
+
+    def start(self) -> None:
+        """Measure from now on how late the event loop, which runs now, wakes up."""
+        self._tick(asyncio.get_running_loop().time())
+
+    def show(self) -> None:
+        """Bring up to date what changes with the models."""
+        running = self._repository.show_queues()
+        self._sessions.set(running * self._threads_per_session)
+        if self._gpus is None and "cuda" in self._repository.providers():
+            self._gpus = GpuWatch(self._metrics)
+            self._gpus.start()
+
+    def close(self) -> None:
+        """Stop measuring."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._gpus is not None:
+            self._gpus.close()
+
+    def _tick(self, due: float) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._metrics.loop_lag.observe(max(0.0, now - due))
+        self._timer = loop.call_at(now + STEP_S, self._tick, now + STEP_S)
+
+
+def wanted_device(device: Device, runtime: str) -> str:
+    """Return where models should run: `auto` on the wheel for GPUs means a GPU, or something is wrong."""
+    if device != "auto":
+        return device
+    return "cuda" if runtime == "onnxruntime-gpu" else "cpu"
