@@ -6,6 +6,7 @@ it likes. Knows nothing of requests; `app/images.py` says what a file holds.
 """
 
 import json
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from app.images import upright_size
 from app.manifest import Manifest
 from app.metrics import Metrics
 from app.trust import Histogram
+
+log = logging.getLogger(__name__)
 
 PERIOD_S = 0.1
 """Between two images that are looked at, of one version in one process: 36,000 an hour. To look at one takes 0.1 ms."""
@@ -86,6 +89,14 @@ class Sampler:
             probabilities: its answer, float32 `[n, classes]`.
             images: the encoded images; None: they came as pixels.
         """
+        try:
+            self._look(pixels, probabilities, images)
+        except Exception:  # whoever calls has requests to answer, which this is no part of
+            log.exception("an image could not be looked at")
+
+    def _look(
+        self, pixels: NDArray[np.uint8], probabilities: NDArray[np.float32], images: Sequence[bytes] | None
+    ) -> None:
         row = self._turn % len(pixels)
         self._turn += 1
         self._look_at_answer(probabilities[row])

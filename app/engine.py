@@ -379,10 +379,10 @@ class _Waiting:
         stages.queue_s, stages.infer_s = job.queued_s, job.infer_s
         self._model.metrics.decode.observe(stages.decode_s)
         _count(self._model, stages, job.rows)
+        self._end(Prediction(self._model, _probabilities(outputs), stages))
         if self._sampled is not None and self._model.sampler is not None:
             pixels = cast("NDArray[np.uint8]", job.inputs[0])
             self._model.sampler.look(pixels, _probabilities(outputs), self._sampled)
-        self._end(Prediction(self._model, _probabilities(outputs), stages))
 
     def set_exception(self, error: Exception, /) -> None:
         """Tell what went wrong."""

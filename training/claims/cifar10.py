@@ -1,7 +1,7 @@
 """Airbench's network on CIFAR-10: 90.22 % after 16 epochs, in 1892 s on two CPU cores.
 
-On the 10,000 test images, trained on all 50,000 training images (JPEG copies at quality 75); n=2, 90.41 % from seed 0 in
-1,739 s of training and 90.04 % from seed 1 in 2,045 s; 2 CPU cores with bfloat16 units that other work shared,
+On the 10,000 test images, trained on all 50,000 training images (JPEG copies at quality 75); n=2: 90.41 % from seed 0
+in 1,739 s of training, 90.04 % from seed 1 in 2,045 s; 2 CPU cores with bfloat16 units that other work shared,
 torch==2.13.0. Of one view of each image, as served; with the answers to six views joined (`evaluate --tta shift`), seed
 1 has 91.21 %. The paper's 94 % are of six views too, and of the images before they were compressed.
 
