@@ -10,6 +10,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,9 +80,7 @@ class Sampler:
         self.due = now + PERIOD_S
         return True
 
-    def look(
-        self, pixels: NDArray[np.uint8], probabilities: NDArray[np.float32], images: Sequence[bytes] | None
-    ) -> None:
+    def look(self, pixels: NDArray[Any], probabilities: NDArray[Any], images: Sequence[bytes] | None) -> None:
         """Count one image of a request.
 
         Args:
@@ -114,7 +113,7 @@ class Sampler:
         self._count("width", width)
         self._count("height", height)
 
-    def _look_at_answer(self, answer: NDArray[np.float32]) -> None:
+    def _look_at_answer(self, answer: NDArray[Any]) -> None:
         likeliest = int(answer.argmax())
         confidence = float(answer[likeliest])
         there = answer[answer > 0].astype(np.float64)
@@ -133,7 +132,7 @@ class Sampler:
             slots.inc(bisect_right(edges, value))
 
 
-def _luma(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _luma(image: NDArray[Any]) -> NDArray[np.float32]:
     """Return the luma of an image's pixels, or of a grid of them; without BLAS, which would wake up its threads."""
     rows, columns = -(-len(image) // SIDE), -(-image.shape[1] // SIDE)
     red, green, blue = image[::rows, ::columns].transpose(2, 0, 1) * LUMA

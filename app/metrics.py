@@ -385,28 +385,20 @@ class _Throttling(Collector):
     """How often the control group had used up its processor time, as the kernel counts it."""
 
     def collect(self) -> Iterator[Metric]:
-        found = throttling()
-        for name, help_text, value in (
-            (
-                "convoy_cpu_periods",
-                "Periods of the CPU quota in which the container ran.",
-                found.periods if found else None,
-            ),
-            (
-                "convoy_cpu_throttled_periods",
-                "Those of them in which it was halted.",
-                found.throttled if found else None,
-            ),
-            (
-                "convoy_cpu_throttled_seconds",
-                "How long threads were halted for that.",
-                found.seconds if found else None,
-            ),
-        ):
+        cost = throttling()
+        figures = (cost.periods, cost.throttled, cost.seconds) if cost else (None, None, None)
+        for (name, help_text), value in zip(_QUOTA, figures, strict=True):
             family = CounterMetricFamily(name, help_text)
             if value is not None:
                 family.add_metric((), value)
             yield family
+
+
+_QUOTA = (
+    ("convoy_cpu_periods", "Periods of the CPU quota in which the container ran."),
+    ("convoy_cpu_throttled_periods", "Those of them in which it was halted."),
+    ("convoy_cpu_throttled_seconds", "How long threads were halted for that."),
+)
 
 
 class _Processes(Collector):

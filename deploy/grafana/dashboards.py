@@ -146,8 +146,11 @@ OVERVIEW = Dashboard("convoy", "Convoy", {
             "p99": quantile(0.99, "convoy_request_duration_seconds", labels=ASKED),
             "promise": f"max(convoy_slo_seconds{{{INSTANCE}}})",
         }),
-        Panel("Requests inside", "Queued and running, by instance: what autoscaling follows.", "none",
-              {"{{instance}}": f"sum by (instance) (convoy_inflight_requests{{{MODEL}}})"}),
+        Panel("Requests inside", "Queued and running, by instance; and the demand, for autoscaling: what would "
+              "be inside if nobody were turned away.", "none", {
+            "{{instance}}": f"sum by (instance) (convoy_inflight_requests{{{MODEL}}})",
+            "demand": f"convoy:demand_requests:sum{{{HERE}}}",
+        }),
     ),
 })
 
