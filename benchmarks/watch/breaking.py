@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.bench.load import Plan
-from app.bench.requests import Endpoint, build_requests
+from app.bench.requests import Endpoint, build_requests, read_bodies
 from app.bench.server import Server, serving
+from app.offline import image_files
 
 MODEL = Path(__file__).parents[2] / "models/cifar10-article/1"
-IMAGE = MODEL / "golden/rotated.jpg"
+IMAGES = MODEL / "golden"
 RATE = 20.0
 PAUSE_S, RUN_S = 0.7, 0.3
 
@@ -40,7 +41,7 @@ def models_in(folder: Path) -> Path:
 @contextmanager
 def load(url: str, *, rate: float | None = RATE, connections: int = 16) -> Iterator[None]:
     """Send the image at a constant rate, or in a closed loop, until the block ends."""
-    words = [sys.executable, "-m", "app.cli", "bench", url, str(IMAGE), "--seconds", "3600", "--warm-up", "0"]
+    words = [sys.executable, "-m", "app.cli", "bench", url, str(IMAGES), "--seconds", "3600", "--warm-up", "0"]
     words += ["--connections", str(connections), *(["--rate", str(rate)] if rate else [])]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -135,7 +136,7 @@ def plan(url: str, seconds: float) -> Plan:
     endpoint = Endpoint.of(url, "")
     return Plan(
         endpoint,
-        build_requests(endpoint, [IMAGE.read_bytes()]),
+        build_requests(endpoint, read_bodies(image_files([IMAGES]))),
         connections=64,
         rate=RATE,
         seconds=seconds,
