@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies clean
+.PHONY: help run test training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies training-job clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ kubectl: $(BIN)/kubectl ## put kubectl, which renders the manifests, into the en
 
 policies: $(VENV)/.dev $(POLICIES)/.installed $(BIN)/kubectl ## hold manifests and Dockerfile against checkov's rules
 	$(BIN)/python -m tests.deploy.policies $(POLICIES)/bin/checkov
+
+training-job: $(VENV)/.dev $(BIN)/kubectl ## run the command of the training Job as two processes on loopback
+	$(BIN)/pytest -n 0 tests/deploy/run_training_job.py
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(PEERS) $(POLICIES) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -173,6 +173,10 @@ def test_a_directory_may_be_one_model_with_its_versions_or_one_version(tmp_path)
     [version] = find_models(tmp_path / "colours/3", "pets")
     assert (version.name, version.versions, version.directory) == ("pets", ("3",), tmp_path / "colours/3")
     assert Watcher(Shelf(tmp_path / "colours/3", "pets")).changed() == []
+    (tmp_path / "graph").mkdir()
+    shutil.copy(tmp_path / "colours/3/model.onnx", tmp_path / "graph")
+    [graph] = find_models(tmp_path / "graph", "pets")
+    assert (graph.versions, graph.directory) == (("1",), tmp_path / "graph")
     # Without a name it is a directory of models, as ever.
     assert [folder.name for folder in find_models(tmp_path / "colours")] == ["12", "3"]
 

@@ -77,11 +77,3 @@ def test_one_model_lies_where_kserve_puts_it_and_is_called_as_kserve_says(tmp_pa
         assert named["results"][0]["top"][0]["label"] == "red"
         assert client.get("/v2/models/colours").status_code == 404
         assert f'model="{NAME}"' in client.get("/metrics").text
-
-
-def test_a_graph_alone_is_a_model_too(tmp_path):
-    bundle = make_bundle(tmp_path / "made", "colours", "3").directory
-    (tmp_path / "mnt").mkdir()
-    shutil.copy(bundle / "model.onnx", tmp_path / "mnt" / "model.onnx")
-    with started(tmp_path / "mnt") as client:
-        assert client.get(f"/v2/models/{NAME}").json()["versions"] == ["1"]

@@ -46,7 +46,7 @@ def fetch(url: str, sha256: str, into: Path) -> str:
             with tarfile.open(archive) as tar:
                 tar.extractall(unpacked, filter="data")
         except tarfile.TarError as error:
-            raise ValueError(f"{url} is no archive of models: {error}.") from error
+            raise ValueError(f"{url} is no archive of models: {' '.join(str(error).split())}") from error
         archive.unlink()
         names = sorted(path.name for path in unpacked.iterdir() if path.is_dir())
         for name in names:
