@@ -351,9 +351,10 @@ def test_hang_up_looks_at_the_directory_again(models):
         assert server.client.post("/models/new/predict", content=RED).status_code == 404
 
 
-def test_a_watched_directory_is_followed(models):
+def test_a_watched_directory_is_followed(models, tmp_path):
+    whole = make_version(tmp_path / "elsewhere", "2")  # which is written twice
     with operated(models, watch_s=0.1) as server:
-        make_version(models, "2")  # moved there whole
+        whole.rename(models / "colours/2")
         wait_for(lambda: answer_of(server.client) == "2")
         shutil.rmtree(models / "colours/2")
         wait_for(lambda: answer_of(server.client) == "1")
