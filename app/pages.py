@@ -5,7 +5,7 @@ note (one JSON object), a directory of series, and an array of float64 slots. It
 the next one takes it over and goes on counting where the last one was killed. Knows nothing of metrics' kinds, HTTP or
 models.
 
-    0         1 KiB            128 KiB                      512 KiB                    1 MiB
+    0         1 KiB            128 KiB                      2 MiB                      4 MiB
     | header  | note           | directory: a JSON line     | slots                    |
     | slots   |                | for each series            |                          |
 
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
-PAGE_BYTES = 1 << 20
+PAGE_BYTES = 4 << 20
 MAX_WIDTH = 64
 """Slots of one series at most."""
 NO_VALUE = math.nan
@@ -38,7 +38,7 @@ SILENT_S = 5.0
 """A writer whose event loop has not turned for this long gets no trust."""
 
 _SLOT = 8
-_NOTE, _DIRECTORY, _SLOTS = 1 << 10, 128 << 10, 512 << 10
+_NOTE, _DIRECTORY, _SLOTS = 1 << 10, 128 << 10, 2 << 20
 _PID, _STATE, _HEARTBEAT, _CONNECTIONS, _DIRECTORY_USED, _SLOTS_USED, _NOTE_VERSION, _NOTE_BYTES = range(8)
 _EPOCH = 8
 """Of the directory's lines: odd while one is rewritten, another number afterwards."""

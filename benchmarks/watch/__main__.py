@@ -28,6 +28,7 @@ from rich.console import Console
 from app.bench.load import measure
 from app.bench.report import Report
 from app.cpus import machine
+from app.errors import ConvoyError
 from benchmarks.watch.breaking import WAYS, Broken, load, plan, service
 from benchmarks.watch.prometheus import Prometheus, wait_until, watching
 
@@ -209,7 +210,7 @@ def break_all(ways: dict[str, Broken]) -> tuple[dict[str, Any], bool]:
             finding: dict[str, Any] = {"alerts": sorted(way.alerts)}
             try:
                 finding |= _break(prometheus, name, way)
-            except AssertionError as error:
+            except (AssertionError, ConvoyError) as error:
                 finding["failed"] = str(error)
                 good = False
             findings[name] = finding
