@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+IMAGE_TOOLS := .venv-image
+# Where `make image` leaves the image, its SBOM and what it needs to build the next one faster: 3 GB.
+IMAGE_DIR ?= /var/tmp/convoy-image
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The same constraints hold while pip builds the project itself.
@@ -10,7 +13,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers bench-survival contract networks clean
+.PHONY: help run test training lint format bench bench-peers bench-survival contract networks image image-check image-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,8 +50,17 @@ contract: $(VENV)/.dev ## hold the answers to 5,000 requests against both OpenAP
 networks: $(VENV)/.dev ## train, export and serve every network of training/nets on a few drawn images (ARGS="resnet50 --size 224")
 	$(BIN)/python -m tests.networks $(ARGS)
 
+image: $(IMAGE_TOOLS)/.installed ## build the image without Docker, on Debian as root, with its SBOM (TARGET=gpu IMAGE_DIR=…)
+	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" deploy/image/build.sh $(IMAGE_DIR) $(or $(TARGET),cpu)
+
+image-check: $(VENV)/.dev $(IMAGE_TOOLS)/.installed ## build it, hold it against its structure, run it read-only as anybody, stop it under load
+	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" CONVOY_IMAGE_CHECK=$(IMAGE_DIR) $(BIN)/pytest -n 0 -v -s tests/deploy/test_built_image.py
+
+image-lock: $(IMAGE_TOOLS)/.installed ## write the lists with hashes that images are installed from, by pyproject.toml and constraints.txt
+	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" deploy/image/lock.sh
+
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(PEERS) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(IMAGE_TOOLS) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +79,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for development (once) …"
 	$(PIP_INSTALL) --editable '.[cpu,grpc,train,dev]'
 	@touch $(VENV)/.serve $(VENV)/.train $@
+
+$(IMAGE_TOOLS)/.installed: deploy/image/tools.txt
+	$(PYTHON) -m venv $(IMAGE_TOOLS)
+	PIP_CONSTRAINT= $(IMAGE_TOOLS)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 # What every peer runs on must be there; of the peers themselves, one that cannot be installed here leaves the others, and
 # the report says so. Their pins are not ours, NumPy's least of all.
