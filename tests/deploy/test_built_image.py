@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -40,7 +40,7 @@ mount -t tmpfs -o size=64m,mode=1777 tmpfs "$ROOT/tmp"
 mount --rbind /dev "$ROOT/dev"
 mount -t proc proc "$ROOT/proc"
 mount -o remount,bind,ro "$ROOT"
-exec setpriv --no-new-privs chroot --userspec=$SOMEBODY:$SOMEBODY --groups= "$ROOT" "$@"
+exec setpriv --no-new-privs env PATH="$INSIDE" /usr/sbin/chroot --userspec=$SOMEBODY:$SOMEBODY --groups= "$ROOT" "$@"
 """
 
 
@@ -92,7 +92,7 @@ class Container:
 
     def inside(self, *command: str) -> subprocess.CompletedProcess:
         """Run a program in the container, as a health check is run."""
-        enter = ["nsenter", f"--target={self.first}", "--mount", "--pid", "--root", "--wd"]
+        enter = [shutil.which("nsenter"), f"--target={self.first}", "--mount", "--pid", "--root", "--wd"]
         user = [f"--setuid={SOMEBODY}", f"--setgid={SOMEBODY}", f"/opt/convoy/bin/{command[0]}"]
         return subprocess.run(
             [*enter, *user, *command[1:]], env=self.environment, capture_output=True, text=True, timeout=120
@@ -121,10 +121,11 @@ def running(image: Image, log: Path, **settings: object) -> Iterator[Container]:
     environment |= {f"CONVOY_{name.upper()}": str(value) for name, value in settings.items()}
     command = [*image.config["Entrypoint"], *image.config["Cmd"]]
     command[0] = str(Path(image.environment["PATH"]) / command[0])
-    script = f"ROOT={image.root}\nSOMEBODY={SOMEBODY}\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\n{CONTAINER}"
+    script = f"ROOT={image.root}\nSOMEBODY={SOMEBODY}\nINSIDE=$PATH\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\n{CONTAINER}"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            ["/usr/bin/unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-c", script, "sh", *command],
+            [shutil.which("unshare"), "--mount", "--pid", "--fork", "--kill-child",
+             "/bin/sh", "-c", script, "sh", *command],
             env=environment, stderr=stderr, stdout=subprocess.DEVNULL,
         )  # fmt: skip
     container = Container(image, f"http://127.0.0.1:{port}", log, process, environment)
@@ -146,18 +147,13 @@ def _ready(url: str) -> bool:
         return False
 
 
-@dataclass
 class Client(threading.Thread):
     """Asks again and again, on one connection; keeps when each request was sent and what came of it."""
 
-    url: str
-    body: bytes
-    answers: list[tuple[float, int | str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, url: str, body: bytes) -> None:
         super().__init__()
-
-    __hash__ = threading.Thread.__hash__
+        self.url, self.body = url, body
+        self.answers: list[tuple[float, int | str]] = []
 
     def run(self) -> None:
         with httpx.Client(timeout=60) as client:
