@@ -3,7 +3,7 @@
 #   docker build -t convoy:gpu --target gpu .
 # and one that trains, with PyTorch, for k8s/components/training:
 #   docker build -t convoy-training --target train .
-# A release build gives PYTHON_IMAGE by digest, and VERSION and REVISION.
+# A release build gives PYTHON_IMAGE by digest, and VERSION, REVISION and CREATED. docs/image.md tells the rest.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
 
@@ -11,63 +11,88 @@ FROM ${PYTHON_IMAGE} AS build
 ENV ORT_DISABLE_TELEMETRY=1 \
     PIP_CACHE_DIR=/var/cache/pip \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_DEPS=1 \
     PIP_ONLY_BINARY=:all: \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 # The venv gets no pip of its own: the builder's pip installs into it from outside.
-RUN python -m venv --without-pip /opt/convoy
-COPY pyproject.toml constraints.txt constraints-gpu.txt ./
+RUN python -m venv --without-pip /opt/convoy && \
+    rm /opt/convoy/bin/[Aa]ctivate*
 
 
 # Dependencies come before the code, in layers of their own: those of the GPU image are 2.7 GB, and a change in app/
-# must not move them again. pip cannot install a project's requirements without the project, so they are written out.
-FROM build AS dependencies
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    lists = {'base': project['dependencies'], **project['optional-dependencies']}; \
-    [open(name + '.txt', 'w').write('\n'.join(lines)) for name, lines in lists.items()]"
+# must not move them again. Each list is complete and has every file's SHA-256 (make image-lock): pip resolves nothing,
+# and takes nothing else. The packages' own commands are deleted; system.py then lays out what the environment needs of
+# the system around it.
+FROM build AS dependencies-cpu
+COPY deploy/image/cpu.txt ./
 RUN --mount=type=cache,target=/var/cache/pip \
-    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r base.txt -r grpc.txt
+    python -m pip --python /opt/convoy/bin/python install --require-hashes -r cpu.txt && \
+    python -m pip --python /opt/convoy/bin/python check && \
+    find /opt/convoy/bin -type f -delete
+COPY deploy/image/system.py ./
+RUN python system.py /opt/convoy /system
 
 
-FROM dependencies AS dependencies-cpu
+FROM build AS dependencies-gpu
+COPY deploy/image/gpu.txt ./
 RUN --mount=type=cache,target=/var/cache/pip \
-    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r cpu.txt && \
-    /opt/convoy/bin/python -c "import onnxruntime"
+    python -m pip --python /opt/convoy/bin/python install --require-hashes -r gpu.txt && \
+    python -m pip --python /opt/convoy/bin/python check && \
+    find /opt/convoy/bin -type f -delete
+COPY deploy/image/system.py ./
+RUN python system.py /opt/convoy /system
 
 
-FROM dependencies AS dependencies-gpu
+FROM build AS dependencies-train
+COPY deploy/image/train.txt ./
 RUN --mount=type=cache,target=/var/cache/pip \
-    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -c constraints-gpu.txt -r gpu.txt && \
-    /opt/convoy/bin/python -c "import onnxruntime"
+    python -m pip --python /opt/convoy/bin/python install --require-hashes -r train.txt && \
+    python -m pip --python /opt/convoy/bin/python check
 
 
-FROM dependencies AS dependencies-train
-RUN --mount=type=cache,target=/var/cache/pip \
-    python -m pip --python /opt/convoy/bin/python install -c constraints.txt -r cpu.txt -r train.txt && \
-    /opt/convoy/bin/python -c "import torch"
-
-
-# Only /staged leaves this stage, so setuptools may go into its copy of the venv. training/ stays out: it needs torch.
+# Only what is staged leaves this stage, so setuptools may go into its copy of the venv. training/ comes last: it needs
+# PyTorch, and the images that serve have neither.
 FROM build AS code
+COPY deploy/image/build.txt ./
 RUN --mount=type=cache,target=/var/cache/pip \
-    python -m pip --python /opt/convoy/bin/python install -c constraints.txt "setuptools>=77"
-COPY README.md LICENSE ./
+    python -m pip --python /opt/convoy/bin/python install --require-hashes -r build.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY convoy convoy
-RUN python -m pip --python /opt/convoy/bin/python install --root /staged --no-deps --no-build-isolation . && \
+RUN python -m pip --python /opt/convoy/bin/python install --root /staged --no-build-isolation . && \
     rm /staged/opt/convoy/bin/convoy-train
 
 
 FROM code AS code-train
 COPY training training
-RUN python -m pip --python /opt/convoy/bin/python install --root /staged-train --no-deps --no-build-isolation .
+RUN python -m pip --python /opt/convoy/bin/python install --root /staged-train --no-build-isolation .
 
 
-FROM ${PYTHON_IMAGE} AS runtime
-# The base image's pip, and the wheel of it that ensurepip keeps, are tools for an intruder and noise for a scanner.
+# PyTorch looks for tools around it, so this image keeps the base's system, but not the tools that install: those serve
+# intruders, and are noise for a scanner. torchrun is beside convoy-train.
+FROM ${PYTHON_IMAGE} AS train
 RUN python -m pip uninstall --yes --root-user-action=ignore pip && \
     rm -rf "$(python -c 'import ensurepip; print(ensurepip.__path__[0])')"
 ENV PATH=/opt/convoy/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    ORT_DISABLE_TELEMETRY=1
+COPY --from=dependencies-train /opt/convoy /opt/convoy
+COPY --from=code-train /staged-train/opt/convoy /opt/convoy
+# There to be fine-tuned from.
+COPY models /models
+USER 10001:10001
+HEALTHCHECK NONE
+ENTRYPOINT ["convoy-train"]
+CMD ["--help"]
+
+
+# From nothing: no shell, no package manager, only Python, what it needs, Convoy and models. Any uid may run it, and
+# nothing is written but in /tmp.
+FROM scratch AS runtime
+ENV PATH=/opt/convoy/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
@@ -75,24 +100,33 @@ ENV PATH=/opt/convoy/bin:$PATH \
     CONVOY_HOST=0.0.0.0 \
     CONVOY_PORT=8000 \
     CONVOY_MODELS=/models
-COPY models /models
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["convoy", "health"]
 ENTRYPOINT ["convoy"]
 CMD ["serve"]
-ARG VERSION=0.0.0
-ARG REVISION=unknown
 ARG PYTHON_IMAGE
 LABEL org.opencontainers.image.title="Convoy" \
       org.opencontainers.image.description="Serves image classifiers: images in, labels and probabilities out." \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${PYTHON_IMAGE}"
 
 
-# CUDA 13 and cuDNN come as wheels, so the base image is the same slim one; the driver (R580 or newer) is the host's.
+# Each image is tried before it is made: were a library not laid out, the build would end here. Only the environment goes
+# on from these stages, so that a container's traces in /etc do not.
+FROM runtime AS tried-cpu
+COPY --from=dependencies-cpu /system /
+COPY --from=dependencies-cpu /opt/convoy /opt/convoy
+RUN ["python", "-c", "import fastapi, grpc, httptools, httpx, numpy, onnxruntime, PIL.Image, simplejpeg, uvicorn, uvloop"]
+
+
+FROM runtime AS tried-gpu
+COPY --from=dependencies-gpu /system /
+COPY --from=dependencies-gpu /opt/convoy /opt/convoy
+RUN ["python", "-c", "import fastapi, grpc, httptools, httpx, numpy, onnxruntime, PIL.Image, simplejpeg, uvicorn, uvloop"]
+
+
+# CUDA 13 and cuDNN come as wheels, so the image holds no CUDA system; the driver (R580 or newer) is the host's.
 FROM runtime AS gpu
 # Without NVIDIA_VISIBLE_DEVICES the container runtime mounts no driver, and ONNX Runtime falls back to the CPU without
 # an error: CONVOY_DEVICE=cuda makes that a failure.
@@ -100,19 +134,27 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_REQUIRE_CUDA="cuda>=13.0" \
     CONVOY_DEVICE=cuda
-COPY --from=dependencies-gpu /opt/convoy /opt/convoy
+COPY --from=dependencies-gpu /system /
+COPY --from=tried-gpu /opt/convoy /opt/convoy
 COPY --from=code /staged/opt/convoy /opt/convoy
-
-
-# torchrun is beside convoy-train; the base's models are there to be fine-tuned from.
-FROM runtime AS train
-HEALTHCHECK NONE
-ENTRYPOINT ["convoy-train"]
-CMD ["--help"]
-COPY --from=dependencies-train /opt/convoy /opt/convoy
-COPY --from=code-train /staged-train/opt/convoy /opt/convoy
+COPY models /models
+# Last, since they change with each commit, and what follows a change is built anew.
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+ARG CREATED=1970-01-01T00:00:00Z
+LABEL org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
 
 
 FROM runtime AS cpu
-COPY --from=dependencies-cpu /opt/convoy /opt/convoy
+COPY --from=dependencies-cpu /system /
+COPY --from=tried-cpu /opt/convoy /opt/convoy
 COPY --from=code /staged/opt/convoy /opt/convoy
+COPY models /models
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+ARG CREATED=1970-01-01T00:00:00Z
+LABEL org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"

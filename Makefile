@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
 POLICIES := .venv-policies
+IMAGE_TOOLS := .venv-image
+# Where `make image` leaves the image, its SBOM and what it needs to build the next one faster: 3 GB.
+IMAGE_DIR ?= /var/tmp/convoy-image
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The same constraints hold while pip builds the project itself.
@@ -11,7 +14,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies training-job clean
+.PHONY: help run test training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies training-job image image-check image-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -62,8 +65,17 @@ policies: $(VENV)/.dev $(POLICIES)/.installed $(BIN)/kubectl ## hold manifests a
 training-job: $(VENV)/.dev $(BIN)/kubectl ## run the command of the training Job as two processes on loopback
 	$(BIN)/pytest -n 0 tests/deploy/run_training_job.py
 
+image: $(IMAGE_TOOLS)/.installed ## build the image without Docker, on Debian as root, with its SBOM (TARGET=gpu IMAGE_DIR=…)
+	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" deploy/image/build.sh $(IMAGE_DIR) $(or $(TARGET),cpu)
+
+image-check: $(VENV)/.dev $(IMAGE_TOOLS)/.installed ## build it, hold it against its structure, run it read-only as anybody, stop it under load
+	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" CONVOY_IMAGE_CHECK=$(IMAGE_DIR) $(BIN)/pytest -n 0 -v -s tests/deploy/test_built_image.py
+
+image-lock: $(IMAGE_TOOLS)/.installed ## write the lists with hashes that images are installed from, by pyproject.toml and constraints.txt
+	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" deploy/image/lock.sh
+
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(PEERS) $(POLICIES) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(POLICIES) $(IMAGE_TOOLS) benchmarks/.cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -91,6 +103,11 @@ $(POLICIES)/.installed: tests/deploy/policies.txt
 	@echo "Setting up $(POLICIES) with checkov (once) …"
 	$(PYTHON) -m venv $(POLICIES)
 	PIP_CONSTRAINT= $(POLICIES)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+$(IMAGE_TOOLS)/.installed: deploy/image/tools.txt
+	$(PYTHON) -m venv $(IMAGE_TOOLS)
+	PIP_CONSTRAINT= $(IMAGE_TOOLS)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 # What every peer runs on must be there; of the peers themselves, one that cannot be installed here leaves the others, and
