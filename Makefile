@@ -65,7 +65,7 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for development (once) …"
-	$(PIP_INSTALL) --editable '.[cpu,grpc,train,dev]'
+	$(PIP_INSTALL) --editable '.[cpu,grpc,otel,train,dev]'
 	@touch $(VENV)/.serve $(VENV)/.train $@
 
 # What every peer runs on must be there; of the peers themselves, one that cannot be installed here leaves the others, and

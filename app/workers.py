@@ -113,7 +113,7 @@ class Worker:
         self.reason = ""
         self._heartbeat = page.heartbeat
         self._silent_ticks = 0
-        self._log_level = settings.log_level
+        self._log_level: str = settings.log_level
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(settings.model_dump_json().encode() + b"\n")
