@@ -143,7 +143,7 @@ def collect(port: "Synchronized[int]", posts: "Synchronized[int]", received: "Sy
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_POST(self) -> None:  # noqa: N802 - the name that the base class looks for
+        def do_POST(self) -> None:
             received.value += len(self.rfile.read(int(self.headers["Content-Length"])))
             posts.value += 1
             self.send_response(200)
