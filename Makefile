@@ -92,7 +92,7 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for development (once) …"
-	$(PIP_INSTALL) --editable '.[cpu,grpc,train,dev]'
+	$(PIP_INSTALL) --editable '.[cpu,grpc,otel,train,dev]'
 	@touch $(VENV)/.serve $(VENV)/.train $@
 
 $(BIN)/kubectl: tests/deploy/kubectl.py | $(BIN)/python

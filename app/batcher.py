@@ -31,6 +31,7 @@ from app.families import Number
 from app.metrics import ModelMetrics
 from app.sessions import Session
 from app.tensors import Array
+from app.tracing import BatchMarks, Marks
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Job:
         answer: gets one array per output of the graph, each `[rows, …]`, or the job's error.
         taken: rows that a session has taken so far.
         returned: rows whose batch has come back.
+        marks: what a sampled request notes for its spans; None: it is not sampled.
         parts: what came back of a job that was split, by first row.
         queued_s, infer_s: waiting time up to the first run, and longest run, seconds.
     """
@@ -82,6 +84,7 @@ class Job:
         "infer_s",
         "inputs",
         "kind",
+        "marks",
         "parts",
         "queued_at",
         "queued_s",
@@ -99,6 +102,7 @@ class Job:
         answer: Answer,
         urgency: int = DEFAULT_URGENCY,
         kind: Hashable = None,
+        marks: Marks | None = None,
     ) -> None:
         self.inputs = inputs
         self.rows = rows
@@ -106,6 +110,7 @@ class Job:
         self.urgency = urgency
         self.kind = kind
         self.answer = answer
+        self.marks = marks
         self.parts: dict[int, tuple[Array, ...]] | None = None
         self.taken = 0
         self.returned = 0
@@ -151,9 +156,12 @@ class Batch:
     slices: list[Slice] = field(default_factory=list)
     rows: int = 0
     infer_s: float = 0.0
+    marks: BatchMarks | None = None
 
     def add(self, job: Job, rows: int) -> None:
         """Take the next `rows` rows of `job`."""
+        if job.marks is not None:
+            self.marks = job.marks.take(self.marks, self.taken_at, rows)
         self.slices.append(Slice(job, job.taken, job.taken + rows))
         job.taken += rows
         self.rows += rows
@@ -349,6 +357,7 @@ class Batcher:
         urgency: int = DEFAULT_URGENCY,
         kind: Hashable = None,
         answer: Answer | None = None,
+        marks: Marks | None = None,
     ) -> Job:
         """Put rows in line, to be batched with whatever else of their kind waits. Call on the event loop.
 
@@ -360,6 +369,7 @@ class Batcher:
             kind: equal for rows that one run can take together; a request that must run alone, in shapes of its own,
                 is one row of a kind that no other has.
             answer: who waits; None: a future, for a task to await.
+            marks: of a sampled request.
 
         Returns:
             The job; await its `answer` (one array per output, or InferenceError), and abandon it if you give up.
@@ -369,7 +379,8 @@ class Batcher:
         """
         if self._line.closed:
             raise UnavailableError("The model is being unloaded; try again.")
-        job = Job(inputs, rows, deadline, self._loop.create_future() if answer is None else answer, urgency, kind)
+        answer = self._loop.create_future() if answer is None else answer
+        job = Job(inputs, rows, deadline, answer, urgency, kind, marks)
         if not self._arrived:
             # One lock and one wake-up for all that arrive in this turn of the loop, and they share a batch.
             self._loop.call_soon(self._enter_line)
@@ -422,12 +433,26 @@ class Batcher:
             self._running_since[number] = 0.0
             batch.infer_s = self._clock() - started
             self._line.row_s = batch.infer_s / batch.rows
+            if batch.marks is not None:
+                self._end_marks(batch.marks, batch, started, session, number)
             try:
                 self._loop.call_soon_threadsafe(self._deliver, batch, busy)
             except RuntimeError:  # the loop is closed: nobody waits for an answer any more
                 return
             # A thread that waits must not hold the last requests, and with them a model that has been replaced.
             del batch
+
+    def _end_marks(self, marks: BatchMarks, batch: Batch, started: float, session: Session, number: int) -> None:
+        marks.end(
+            started,
+            batch.infer_s,
+            rows=batch.rows,
+            requests=len(batch.slices),
+            model=self._metrics.model,
+            version=self._metrics.version,
+            provider=session.provider,
+            session=number,
+        )
 
     def _deliver(self, batch: Batch, busy: Number) -> None:
         """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""

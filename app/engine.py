@@ -176,6 +176,8 @@ class LocalEngine:
 
     async def classify(self, model: LoadedModel, images: Sequence[bytes], ticket: Ticket) -> Prediction:
         """See `Engine.classify`."""
+        if ticket.marks is not None:
+            ticket.marks.asked_at = time.monotonic()
         recipe = model.classifier.pixels
         ticket.hold_images(len(images))
         ticket.stage = "decode"
@@ -193,6 +195,8 @@ class LocalEngine:
 
     async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
         """See `Engine.infer`."""
+        if ticket.marks is not None:
+            ticket.marks.asked_at = time.monotonic()
         rows = len(inputs[0]) if model.max_batch else 1
         ticket.hold_images(rows)
         stages = Stages()
@@ -203,6 +207,8 @@ class LocalEngine:
 
     def begin(self, model: LoadedModel, image: bytes, ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin`."""
+        if ticket.marks is not None:
+            ticket.marks.asked_at = time.monotonic()
         recipe = model.classifier.pixels
         ticket.hold_images(1)
         ticket.stage = "decode"
@@ -217,6 +223,8 @@ class LocalEngine:
 
     def begin_pixels(self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin_pixels`."""
+        if ticket.marks is not None:
+            ticket.marks.asked_at = time.monotonic()
         ticket.hold_images(len(pixels))
         return _submit(model, pixels, ticket, tell, Stages()).give_up
 
@@ -262,7 +270,9 @@ class LocalEngine:
     ) -> tuple[Array, ...]:
         ticket.stage = "queue"
         answer: asyncio.Future[tuple[Array, ...]] = asyncio.get_running_loop().create_future()
-        job = model.batcher.submit(inputs, rows, ticket.deadline, ticket.urgency, kind, answer)
+        if ticket.marks is not None:
+            ticket.marks.queue(stages.decode_s)
+        job = model.batcher.submit(inputs, rows, ticket.deadline, ticket.urgency, kind, answer, ticket.marks)
         try:
             outputs = await answer
         finally:
@@ -348,7 +358,11 @@ def _submit(
 ) -> "_Waiting":
     ticket.stage = "queue"
     waiting = _Waiting(model, ticket, tell, stages, sampled)
-    waiting.job = model.batcher.submit((pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting)
+    if ticket.marks is not None:
+        ticket.marks.queue(stages.decode_s)
+    waiting.job = model.batcher.submit(
+        (pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting, ticket.marks
+    )
     return waiting
 
 

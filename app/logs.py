@@ -9,6 +9,10 @@ import sys
 import time
 from typing import Any
 
+log = logging.getLogger(__name__)
+
+LEVELS = ("error", "warning", "info", "debug")
+"""From the fewest lines to the most."""
 _PLAIN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -25,11 +29,27 @@ def configure(log_format: str, level: str, **common: object) -> None:
 
     handler.addFilter(add_common)
     logging.captureWarnings(True)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # uvicorn's own story (started, waiting, finished) repeats ours.
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    logging.basicConfig(handlers=[handler], force=True)
+    _set_level(level)
     # A broken form is its client's fault, and the client is told.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def change_level(steps: int) -> str:
+    """Log more (positive) or less, by so many of `LEVELS`, and return the level that holds from now on."""
+    now = logging.getLevelName(logging.getLogger().level).lower()
+    level = LEVELS[min(max(LEVELS.index(now) + steps, 0), len(LEVELS) - 1)]
+    _set_level(level)
+    # At that very level, so that the line comes whatever it is.
+    log.log(logging.getLevelName(level.upper()), "log level changed", extra={"from": now, "to": level})
+    return level
+
+
+def _set_level(level: str) -> None:
+    number = logging.getLevelName(level.upper())
+    logging.getLogger().setLevel(number)
+    # uvicorn's own story (started, waiting, finished) repeats ours.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, number))
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import uvicorn
 from fastapi import FastAPI
 
-from app import runtime
+from app import logs, runtime
 from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
 from app.admission import Admission, Limits
 from app.board import Board
@@ -27,6 +27,7 @@ from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
+from app.journal import Journal
 from app.keys import Keyring
 from app.loading import LoadedModel, Loader
 from app.metrics import Metrics
@@ -36,6 +37,7 @@ from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
 from app.tls import certificate_of, options
+from app.tracing import Tracer, asked_by, is_switched_off
 from app.versions import Selection, Shelf, default_of, find_models
 from app.vitals import Vitals
 
@@ -85,6 +87,8 @@ class Service:
         self.probes = Probes(self.metrics, self.show, settings.stuck_s)
         self.keyring = Keyring(settings.keys)
         self.certificate = certificate_of(settings)
+        self.tracer = _tracer_of(settings, self.page.number)
+        self._journal = Journal(self.metrics, settings.access_log, settings.access_log_ratio, self.tracer)
         self._shown: object = None
         self._loader = Loader(
             self.metrics,
@@ -148,7 +152,7 @@ class Service:
                 max_images=min(settings.max_images_per_request, settings.max_inflight_images),
             ),
             request_timeout_ms=settings.request_timeout_ms,
-            access_log=settings.access_log,
+            journal=self._journal,
             lifespan=self._lifespan,
         )
         self.is_cut_off: Callable[[], bool] = lambda: False
@@ -187,6 +191,8 @@ class Service:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Load models beside the running server, so that probes are answered meanwhile; at the end stop everything."""
         self._loop = asyncio.get_running_loop()
+        if self.tracer is not None:
+            self.tracer.start()
         loader = threading.Thread(target=self._load, name="loader", daemon=True)
         loader.start()
         self.vitals.start()
@@ -201,6 +207,8 @@ class Service:
                 return
         await asyncio.to_thread(self.repository.close)
         self.engine.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
         log.info("stopped")
 
     def _load(self) -> None:
@@ -233,6 +241,7 @@ class Service:
             engine=self.engine,
             repository=self.repository,
             metrics=self.metrics,
+            journal=self._journal,
             keyring=self.keyring,
             certificate=self.certificate,
             why_not_ready=self.why_not_ready,
@@ -242,6 +251,27 @@ class Service:
 
     def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
         return self._loader.load(name, version, directory, self._loop)
+
+
+def _tracer_of(settings: Settings, worker: int) -> Tracer | None:
+    """Return what traces requests, if somebody asks for it: the settings, or OpenTelemetry's own variables.
+
+    Raises:
+        SettingsError: the settings ask for it, and it is not installed.
+    """
+    if not (settings.trace_endpoint or asked_by(os.environ)) or is_switched_off(os.environ):
+        return None
+    try:
+        from app.otlp import create_sink
+    except ModuleNotFoundError as error:
+        missing = f"needs the extra otel, of which {error.name} is missing: pip install 'convoy-serve[otel]'."
+        if settings.trace_endpoint:
+            raise SettingsError(f"trace_endpoint {missing}") from None
+        # The variables may be meant for all services of a platform, and are no reason not to serve.
+        log.warning(f"no traces: OTEL_EXPORTER_OTLP_ENDPOINT {missing}")
+        return None
+    sink = create_sink(settings.trace_endpoint, "https" if settings.tls_certificate else "http", worker)
+    return Tracer(sink, settings.trace_ratio)
 
 
 class Server(uvicorn.Server):
@@ -273,9 +303,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the service, and accept connections."""
-        self.service.show()
         if hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, self.hang_up)
+            loop.add_signal_handler(signal.SIGUSR1, logs.change_level, 1)
+            loop.add_signal_handler(signal.SIGUSR2, logs.change_level, -1)
+        self.service.show()
         await self._probe_port.__aenter__()
         await super().startup(sockets=[])
         # uvicorn would give a TLS handshake a minute, and half a minute to the end of a connection.

@@ -181,6 +181,17 @@ class Settings(BaseModel):
         default="info", description="Least severity that is logged."
     )
     access_log: bool = Field(default=True, description="One line a request.")
+    access_log_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="Share of requests that get their line; those that went wrong always do."
+    )
+    trace_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://.+)?$",
+        description="OpenTelemetry collector, http://host:4318 (extra otel). Empty: OTEL_EXPORTER_OTLP_ENDPOINT says.",
+    )
+    trace_ratio: float = Field(
+        default=0.01, ge=0, le=1, description="Share of requests that are traced, where the caller has not decided."
+    )
 
     def limits_of_models(self, names: Collection[str] | None) -> dict[str, int]:
         """Return `model_limits` as numbers, for models that are there; None: whatever models there are.

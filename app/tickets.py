@@ -11,6 +11,7 @@ from typing import Self
 
 from app.admission import Admission, Lane
 from app.errors import AbandonedError, DeadlineError
+from app.tracing import Marks
 
 
 class Ticket:
@@ -25,6 +26,7 @@ class Ticket:
         deadline: `time.monotonic()` after which the answer is worthless, seconds.
         urgency: 0 (first) to 7 (last).
         stage: body, decode, queue or infer.
+        marks: what a sampled request notes for its spans; None: it is not sampled.
     """
 
     __slots__ = (
@@ -37,6 +39,7 @@ class Ticket:
         "bytes",
         "deadline",
         "images",
+        "marks",
         "pixels",
         "stage",
         "urgency",
@@ -50,9 +53,15 @@ class Ticket:
         self.deadline = deadline
         self.urgency = urgency
         self.stage = "body"
+        self.marks: Marks | None = None
         self.images = 0
         self.bytes = 0
         self.pixels = 0
+
+    def follow(self, marks: Marks) -> None:
+        """Have the stages note what they do in a sampled request's marks."""
+        marks.admitted = True
+        self.marks = marks
 
     def expect_bytes(self, count: int) -> None:
         """Check that `count` more bytes of body would fit now, without holding them: announced is not sent.

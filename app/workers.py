@@ -5,6 +5,7 @@ descriptor; it loads neither ONNX Runtime nor FastAPI. A worker that dies is rep
 
     SIGTERM, SIGINT   every worker drains and ends; a second signal cuts off what still runs
     SIGHUP            one worker after the other is replaced, each by one that is ready before the old one drains
+    SIGUSR1, SIGUSR2  every process logs more, or less, by one level
 
 A worker's standard input is its lifeline: the supervisor writes the settings into it and then holds it open for as long
 as it lives. Knows processes and pages; nothing of requests or models.
@@ -117,6 +118,7 @@ class Worker:
         self._heartbeat = page.heartbeat
         self._silent_ticks = 0
         self._stuck_s = settings.stuck_s
+        self._log_level: str = settings.log_level
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(settings.model_dump_json().encode() + b"\n")
@@ -149,6 +151,15 @@ class Worker:
             self.process.stdin.close()
         self.ended.set()
         return True
+
+    def log_at(self, level: str) -> None:
+        """Bring its log a step nearer to a level; call at every tick: of two signals at once only one would arrive."""
+        behind = logs.LEVELS.index(level) - logs.LEVELS.index(self._log_level)
+        # Before it has begun to heed the signal, that would kill it.
+        if behind and self.page.state is not WriterState.STARTING:
+            step = 1 if behind > 0 else -1
+            self.signal(signal.SIGUSR1 if step > 0 else signal.SIGUSR2)
+            self._log_level = logs.LEVELS[logs.LEVELS.index(self._log_level) + step]
 
     def hangs(self) -> bool:
         """Tell whether its event loop has stood still too long, or a session is stuck in a run; call at every tick.
@@ -208,6 +219,8 @@ class Supervisor:
             signal.SIGTERM: self._stop,
             signal.SIGINT: self._stop,
             signal.SIGHUP: self._reload_wanted.set,
+            signal.SIGUSR1: lambda: self._change_log_level(1),
+            signal.SIGUSR2: lambda: self._change_log_level(-1),
             signal.SIGCHLD: self._reap,
         }
         for number, handler in handlers.items():
@@ -252,6 +265,10 @@ class Supervisor:
             self._free.append(worker.page)
             self._free.sort(key=lambda page: page.number)
 
+    def _change_log_level(self, steps: int) -> None:
+        """Log more or less, in every process, and in those that are yet to start."""
+        self._settings = self._settings.model_copy(update={"log_level": logs.change_level(steps)})
+
     def _stop(self) -> None:
         """Begin to stop; the second time, cut off what still runs."""
         if self._stopping.is_set():
@@ -265,6 +282,7 @@ class Supervisor:
             await asyncio.sleep(TICK_S)
             for worker in self._workers:
                 self._was_ready = self._was_ready or worker.page.state is WriterState.READY
+                worker.log_at(self._settings.log_level)
                 if worker.hangs():
                     worker.hung = True
                     log.error("worker hangs: killing it", extra={"worker": worker.number, "pid": worker.process.pid})

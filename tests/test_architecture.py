@@ -56,6 +56,8 @@ FLOORS = {
     "app.jpeg": 0,
     "app.logs": 0,
     "app.tensors": 0,
+    "app.tracing": 1,
+    "app.otlp": 2,
     "app.trust": 0,
     "app.errors": 0,
     "app.watch": 0,

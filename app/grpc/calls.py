@@ -17,8 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from app.errors import AbandonedError, BadRequestError, ConvoyError, QueueFullError
-from app.journal import BROKEN, Journal, Trace, id_for
-from app.metrics import Metrics
+from app.journal import BROKEN, CLIENT_GONE, Journal, Trace, id_for
 
 log = logging.getLogger("convoy.access")
 
@@ -26,6 +25,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = tuple[tuple[str, str], ...]
 Answer = TypeVar("Answer", bound=Message)
 
+OK = 200
 STREAM_DEPTH = 64
 """Requests of one stream inside at once; the next is read when the first of them is answered."""
 _STATUSES = {
@@ -69,8 +69,8 @@ def status_of(fault: ConvoyError) -> grpc.StatusCode:
 class Calls:
     """Makes a service's methods into handlers, and knows which calls are inside."""
 
-    def __init__(self, metrics: Metrics, *, enter: Entry, access_log: bool) -> None:
-        self._journal = Journal(metrics, access_log)
+    def __init__(self, journal: Journal, *, enter: Entry) -> None:
+        self._journal = journal
         self._enter = enter
         self._readers: set[asyncio.Task[None]] = set()
         self._may_answer = asyncio.Event()
@@ -93,7 +93,7 @@ class Calls:
         """
 
         async def serve(data: bytes, context: Context) -> Answer:
-            call = _begin(context, route)
+            call = self._begin(context, route)
             self.begun += 1
             self.inside += 1
             try:
@@ -101,7 +101,7 @@ class Calls:
                 answer = await method(_parsed(parse, data), call)
                 await self._may_answer.wait()
                 context.set_trailing_metadata((("x-request-id", call.request_id),))
-                call.status = 200
+                call.status = OK
                 return answer
             except (asyncio.CancelledError, AbandonedError):
                 self._note_cancellation(call)
@@ -134,14 +134,14 @@ class Calls:
         """
 
         async def one(data: bytes, context: Context, strict: bool) -> Answer:
-            call = _begin(context, route)
+            call = self._begin(context, route)
             self.inside += 1
             request = None
             try:
                 call.key = self._enter(context, route)
                 request = _parsed(parse, data)
                 answer = await method(request, call)
-                call.status = 200
+                call.status = OK
                 return answer
             except (asyncio.CancelledError, AbandonedError):
                 self._note_cancellation(call)
@@ -162,7 +162,7 @@ class Calls:
             try:
                 self._enter(context, route)
             except ConvoyError as fault:
-                call = _begin(context, route)
+                call = self._begin(context, route)
                 self._fault(call, fault)
                 self._record(call, quiet=False)
                 await _abort(context, call, fault)
@@ -204,14 +204,27 @@ class Calls:
         if isinstance(error, ConvoyError):
             fault = error
         else:
-            log.exception("request failed", exc_info=error, extra={"request_id": call.request_id})
+            log.exception("request failed", exc_info=error, extra=call.ids)
             fault = ConvoyError(BROKEN)
         call.code, call.status = fault.code, fault.status
         # Its traceback holds the frames that it went through, and they hold the request: a ring, once a frame holds it,
         # that only the garbage collector opens, which here comes seldom.
         return fault.with_traceback(None)
 
+    def _begin(self, context: Context, route: str) -> Call:
+        started = time.monotonic()
+        remaining = context.time_remaining()
+        deadline = float("inf") if remaining is None else started + remaining
+        metadata = dict(context.invocation_metadata() or ())
+        call = Call(id_for(_to_bytes(metadata.get("x-request-id"))), started, route, deadline=deadline)
+        if (tracer := self._journal.tracer) is not None:
+            parent, state = _to_bytes(metadata.get("traceparent")), _to_bytes(metadata.get("tracestate"))
+            call.trace_id, call.marks = tracer.sample(parent, state)
+        return call
+
     def _record(self, call: Call, quiet: bool) -> None:
+        if call.marks is not None:
+            call.marks.outcome = _outcome_of(call.status)
         self._journal.record(call, "gRPC", call.route, quiet=quiet)
 
 
@@ -256,13 +269,17 @@ def message_to_bytes(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _begin(context: Context, route: str) -> Call:
-    started = time.monotonic()
-    remaining = context.time_remaining()
-    deadline = float("inf") if remaining is None else started + remaining
-    wanted = next((value for name, value in context.invocation_metadata() or () if name == "x-request-id"), None)
-    request_id = id_for(wanted.encode() if isinstance(wanted, str) else wanted)
-    return Call(request_id, started, route, deadline=deadline)
+def _to_bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _outcome_of(status: int) -> str:
+    """Return what gRPC calls the status that a call ended with."""
+    if status == OK:
+        return grpc.StatusCode.OK.name
+    if status == CLIENT_GONE:
+        return grpc.StatusCode.CANCELLED.name
+    return _STATUSES.get(status, grpc.StatusCode.INTERNAL).name
 
 
 def _parsed(parse: Parse, data: bytes) -> Message:

@@ -132,11 +132,13 @@ class Methods(grpc.GenericRpcHandler):
         call.model, call.version = model.name, model.version
         deadline = min(call.deadline, call.started + self._limits.timeout_ms / 1000)
         with self._engine.admit(model, deadline) as ticket, _Leaving(ticket, call, self._calls):
+            if call.marks is not None:
+                ticket.follow(call.marks)
             ticket.hold_bytes(cost_of(request))
             response = await infer(self._engine, model, request_of(request), ticket, self._limits.rows)
         call.images = response.rows
         answer = response_of(response)
-        model.metrics.post.observe(time.monotonic() - response.ran_at)
+        call.wrote(model.metrics, response.ran_at)
         return answer
 
     async def _model_stream_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelStreamInferResponse:

@@ -21,6 +21,7 @@ from app.errors import SettingsError
 from app.grpc.calls import Calls
 from app.grpc.entry import credentials_of, doorkeeper
 from app.grpc.methods import SERVICE, CallLimits, Methods
+from app.journal import Journal
 from app.keys import Keyring
 from app.metrics import Metrics
 from app.operations import Operations
@@ -46,6 +47,7 @@ def create_front(
     engine: Engine,
     repository: Repository,
     metrics: Metrics,
+    journal: Journal,
     keyring: Keyring,
     certificate: Certificate | None,
     why_not_ready: Callable[[], str],
@@ -58,7 +60,7 @@ def create_front(
         SettingsError: the certificate's key is encrypted.
     """
     client_ca = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
-    calls = Calls(metrics, enter=doorkeeper(keyring), access_log=settings.access_log)
+    calls = Calls(journal, enter=doorkeeper(keyring))
     limits = CallLimits(
         rows=min(settings.max_images_per_request, settings.max_inflight_images), timeout_ms=settings.request_timeout_ms
     )

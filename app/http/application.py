@@ -16,7 +16,7 @@ from app.http.bodies import BodyLimits
 from app.http.connection import WholeRequest
 from app.http.direct import Front
 from app.http.observe import Observe, Record
-from app.journal import Trace
+from app.journal import Journal, Trace
 from app.keys import Keyring
 from app.metrics import Metrics
 from app.operations import Operations
@@ -40,7 +40,7 @@ def create_app(
     keyring: Keyring,
     limits: BodyLimits,
     request_timeout_ms: int,
-    access_log: bool,
+    journal: Journal,
     lifespan: Lifespan,
 ) -> ASGIApp:
     """Return the application over an engine and a repository; `lifespan` starts and stops them."""
@@ -81,4 +81,4 @@ def create_app(
         keyring,
         [route for router in routers for route in router.routes],
     )
-    return Observe(guard, guard.begin, metrics, access_log)
+    return Observe(guard, guard.begin, journal)

@@ -97,6 +97,8 @@ def admitted(
     if head.timeout_ms is not None:
         timeout_ms = min(head.timeout_ms, timeout_ms)
     with engine.admit(model, trace.started + timeout_ms / 1000, head.urgency) as ticket:
+        if trace.marks is not None:
+            ticket.follow(trace.marks)
         connection.on_leave = ticket.abandon
         yield head, ticket
 

@@ -8,14 +8,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.connection import Heads, WholeRequest
 from app.journal import BROKEN, CLIENT_GONE, Journal, Trace, id_for
-from app.metrics import Metrics
 
 log = logging.getLogger("convoy.access")
 
@@ -35,24 +34,23 @@ def trace_of(scope: Scope) -> Trace:
 class Observe:
     """Gives every request an id, counts and times it, logs it, and turns a crash into a 500 in the one shape."""
 
-    def __init__(self, app: ASGIApp, begin: Begin, metrics: Metrics, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, begin: Begin, journal: Journal) -> None:
         """Watch an application.
 
         Args:
             app: answers in ASGI's way.
             begin: answers without a task, if the request is one for that.
-            metrics: where requests are counted.
-            access_log: whether each gets its line in the log.
+            journal: where requests are written down.
         """
         self.heads = Heads()
         self._app = app
         self._begin = begin
-        self._journal = Journal(metrics, access_log)
+        self._journal = journal
 
     def begin(self, request: WholeRequest) -> bool:
         """Serve one request without a task, if it is one for that; what goes wrong at once is told in ASGI's way."""
         try:
-            return self._begin(request, Trace(_request_id(request.head.headers), time.monotonic()), self._record)
+            return self._begin(request, self._trace_of(request.head.headers), self._record)
         except Exception:  # met again there, and named
             return False
 
@@ -61,7 +59,7 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = Trace(_request_id(scope["headers"]), time.monotonic())
+        trace = self._trace_of(scope["headers"])
         scope["convoy.trace"] = trace
 
         async def send_with_id(message: Message) -> None:
@@ -77,13 +75,20 @@ class Observe:
                 trace.code = "draining"
                 await _send_plainly(send_with_id, 503, CUT_OFF, trace.code)
         except Exception:
-            log.exception("request failed", extra={"request_id": trace.request_id})
+            log.exception("request failed", extra=trace.ids)
             if trace.status == CLIENT_GONE:  # nothing was sent yet
                 trace.code = "internal"
                 await _send_plainly(send_with_id, 500, BROKEN, trace.code)
         finally:
             trace.route = trace.route or getattr(scope.get("route"), "path", "unmatched")
             self._record(trace, scope["method"], scope["path"])
+
+    def _trace_of(self, headers: Sequence[tuple[bytes, bytes]]) -> Trace:
+        trace = Trace(_request_id(headers), time.monotonic())
+        if (tracer := self._journal.tracer) is not None:
+            named = dict(headers)
+            trace.trace_id, trace.marks = tracer.sample(named.get(b"traceparent"), named.get(b"tracestate"))
+        return trace
 
     def _record(self, trace: Trace, method: str, path: str) -> None:
         self._journal.record(trace, method, path, quiet=trace.route in _QUIET)

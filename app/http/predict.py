@@ -98,6 +98,8 @@ class Predictor:
         k = _wanted_top_k(head.query, form.classes)
         timeout_ms = self._timeout_ms if plan.timeout_ms is None else min(plan.timeout_ms, self._timeout_ms)
         ticket = self._engine.admit(model, trace.started + timeout_ms / 1000, plan.urgency)
+        if trace.marks is not None:
+            ticket.follow(trace.marks)
         trace.route, trace.model, trace.version, trace.images = plan.route, form.name, form.version, 1
         TasklessPrediction(request, ticket, trace, record, form, k).begin(self._engine, model)
         return True
@@ -115,7 +117,7 @@ class Predictor:
             prediction = await self._engine.classify(model, images, ticket)
         started = time.monotonic()
         headers, body = form.fill(prediction, k, trace.request_id)
-        model.metrics.post.observe(time.monotonic() - started)
+        trace.wrote(model.metrics, started)
         trace.status = HTTPStatus.OK
         await connection.answer(HTTPStatus.OK, headers, body)
 

@@ -134,7 +134,7 @@ class TasklessPrediction:
         except Exception as error:  # the batcher, which told, has other requests to tell
             self._fail(error)
             return
-        prediction.model.metrics.post.observe(time.monotonic() - started)
+        self._trace.wrote(prediction.model.metrics, started)
         self._trace.status = HTTPStatus.OK
         self._request.connection.answer_now(HTTPStatus.OK, headers, body)
 
@@ -143,7 +143,7 @@ class TasklessPrediction:
             return
         trace = self._trace
         if not isinstance(error, ConvoyError):
-            log.error("request failed", extra={"request_id": trace.request_id}, exc_info=error)
+            log.error("request failed", extra=trace.ids, exc_info=error)
             error = ConvoyError(BROKEN)
         trace.code = error.code
         trace.status, headers, body = answer_to(error)

@@ -55,7 +55,7 @@ class Classifier:
         started = time.monotonic()
         best = {score.label: score.probability for score in top_k(prediction.probabilities[0], labels, CLASSES)}
         body = json.dumps(best, ensure_ascii=False, separators=(",", ":")).encode()
-        model.metrics.post.observe(time.monotonic() - started)
+        trace_of(scope).wrote(model.metrics, started)
         await answer_json(scope, connection, model, prediction.stages, body)
 
 

@@ -5,7 +5,6 @@ One answer serves the clients of both where they ask the same path. The checks o
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -86,7 +85,7 @@ class Asker:
         else:
             content = write(response, in_rows)
         content, encoding = await deflate(content, accepted.decode("latin-1"))
-        model.metrics.post.observe(time.monotonic() - response.ran_at)
+        trace_of(scope).wrote(model.metrics, response.ran_at)
         await answer_json(scope, connection, model, response.stages, content, encoding)
 
 

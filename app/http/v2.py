@@ -6,7 +6,6 @@ are `app/v2/`'s; this room has the paths, the headers and the statuses.
 
 import asyncio
 import re
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,6 +112,8 @@ class Inferrer:
             return False
         timeout_ms = self._timeout_ms if plan.timeout_ms is None else min(plan.timeout_ms, self._timeout_ms)
         ticket = self._engine.admit(model, trace.started + timeout_ms / 1000, plan.urgency)
+        if trace.marks is not None:
+            ticket.follow(trace.marks)
         trace.route, trace.model, trace.version, trace.images = plan.route, model.name, model.version, small.rows
         answering = _Taskless(self._engine, small, message, self._writer_of(model), plan.accepted)
         TasklessPrediction(request, ticket, trace, record, answering, 0).begin(answering, model)
@@ -141,7 +142,7 @@ class Inferrer:
             answer, json_length = writer.write(response, message)
         answer, encoding = await deflate(answer, accepted)
         headers = writer.head(response.stages, trace.request_id, json_length, encoding)
-        model.metrics.post.observe(time.monotonic() - response.ran_at)
+        trace.wrote(model.metrics, response.ran_at)
         trace.status = HTTPStatus.OK
         await connection.answer(HTTPStatus.OK, headers, answer)
 

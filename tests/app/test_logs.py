@@ -1,7 +1,12 @@
 import json
 import logging
+import signal
 
-from app.logs import JsonFormatter, TextFormatter
+import pytest
+
+from app.logs import JsonFormatter, TextFormatter, change_level, configure
+from tests.app.watching import RED, messages, wait_for
+from tests.servers import convoy
 
 
 def record(**fields: object) -> logging.LogRecord:
@@ -38,3 +43,41 @@ def test_an_exception_is_kept():
         line = record(exc_info=(type(error), error, error.__traceback__))
     assert "ValueError: broken" in json.loads(JsonFormatter().format(line))["exception"]
     assert "ValueError: broken" in TextFormatter().format(line)
+
+
+def test_the_level_moves_by_steps_and_stays_within(capsys):
+    root, uvicorn = logging.getLogger(), logging.getLogger("uvicorn.error")
+    kept = root.level, root.handlers[:], uvicorn.level
+    try:
+        configure("json", "warning")
+        assert [change_level(step) for step in (1, 1, 1, -1)] == ["info", "debug", "debug", "info"]
+        assert uvicorn.level == logging.WARNING
+        assert [change_level(-1) for _ in range(3)] == ["warning", "error", "error"]
+        assert uvicorn.level == logging.ERROR
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        assert [line["to"] for line in lines] == ["info", "debug", "debug", "info", "warning", "error", "error"]
+    finally:
+        root.setLevel(kept[0])
+        root.handlers[:] = kept[1]
+        uvicorn.setLevel(kept[2])
+        logging.captureWarnings(False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_changes_the_level_in_every_process(models, tmp_path, workers):
+    def levels() -> list[tuple[int | None, str]]:
+        return sorted(
+            (line.get("worker", 0), line["to"]) for line in server.lines() if line["message"] == "log level changed"
+        )
+
+    everybody = [0] if workers == 1 else [0, 1, 2]
+    with convoy(models, tmp_path / "log", default_model="colours", workers=workers) as server:
+        server.process.send_signal(signal.SIGUSR2)
+        wait_for(lambda: levels() == [(number, "warning") for number in everybody])
+        assert server.client.post("/predict", content=RED).status_code == 200
+        server.process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: len(levels()) == 2 * len(everybody))
+        assert server.client.post("/predict", content=RED).status_code == 200
+        assert server.stop() == 0
+    # /readyz and /metrics have no line, so the one is the second prediction's.
+    assert [line["path"] for line in messages(server, "request")] == ["/predict"]

@@ -15,6 +15,7 @@ from app.errors import BadImageError, InferenceError
 from app.http.connection import Connection
 from app.http.observe import Observe
 from app.http.taskless import TasklessPrediction
+from app.journal import Journal
 from app.metrics import Metrics
 from app.tickets import Ticket
 from tests.app.test_connection import Transport, request
@@ -34,7 +35,7 @@ class Bench:
         self.given_up = 0
         self.by_asgi = 0
         self.tell = None
-        app = Observe(self.asgi, self.let_in, self.metrics, True)
+        app = Observe(self.asgi, self.let_in, Journal(self.metrics, True))
         config = Config(app, http=Connection, log_config=None, proxy_headers=False)
         config.load()
         self.server = ServerState()
