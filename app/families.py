@@ -9,9 +9,10 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from math import inf, isnan
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 from app.pages import NO_VALUE, Page
@@ -19,6 +20,11 @@ from app.pages import NO_VALUE, Page
 BATCH_SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of a run that are counted apart; a number between two of them counts as the larger."""
 MAX_BINS = 24
+_EXEMPLAR = 5
+# Prometheus comes every few seconds and sees the last one only: with each request traced, the others cost for nothing.
+_NEW_S = 0.5
+# A double holds 53 bits exactly, so a trace id's 128 go into three.
+_PARTS = ((0, 11), (11, 22), (22, 32))
 
 
 class Number:
@@ -86,6 +92,10 @@ class Slots:
     def set(self, place: int, value: float) -> None:
         """Replace the number at a place."""
         self._slots[self._first + place] = value
+
+    def get(self, place: int) -> float:
+        """Return the number at a place."""
+        return self._slots[self._first + place]
 
 
 Child = TypeVar("Child", Number, Distribution, Steps, Slots)
@@ -287,8 +297,64 @@ class Shares(Bins):
         return GaugeMetricFamily(self.name, self.help_text, labels=self.sample_labels)
 
 
+class Exemplars(Family[Slots]):
+    """Of each bucket of a histogram the latest value that belongs to a trace, with the trace's id.
+
+    Five slots each: the id in three parts, the value, and the time, 0 where there is none. Shown with the histogram
+    only; gone with the process that set them, as gauges are.
+    """
+
+    kind = "exemplars"
+
+    def __init__(self, page: Page, name: str, labels: Sequence[str], bounds: Sequence[float], hidden: int) -> None:
+        super().__init__(page, name, "", labels, hidden=hidden)
+        self._bounds = bounds
+        self.width = _EXEMPLAR * (len(bounds) + 1)
+
+    def keep(self, values: tuple[object, ...], value: float, trace_id: str) -> None:
+        """Keep a value with its trace id, 32 hexadecimal digits, where the bucket's former one is no longer new."""
+        child = self.labels(*values)
+        first = _EXEMPLAR * bisect_left(self._bounds, value)
+        now = time.time()
+        if 0 <= now - child.get(first + 4) < _NEW_S:
+            return
+        # A reader that comes in between finds none: the time is taken away first and written last.
+        child.set(first + 4, 0.0)
+        for part, (start, end) in enumerate(_PARTS):
+            child.set(first + part, float(int(trace_id[start:end], 16)))
+        child.set(first + 3, value)
+        child.set(first + 4, now)
+
+    def join(self, one: list[float], other: list[float]) -> list[float]:
+        """See `Family.join`; of each bucket the later one."""
+        later: list[float] = []
+        for first in range(0, len(one), _EXEMPLAR):
+            mine, yours = one[first : first + _EXEMPLAR], other[first : first + _EXEMPLAR]
+            later += mine if mine[4] >= yours[4] else yours
+        return later
+
+    def of_buckets(self, slots: list[float]) -> list[Exemplar | None]:
+        """Return what is kept for each bucket, from a child's slots."""
+        found: list[Exemplar | None] = []
+        for first in range(0, len(slots), _EXEMPLAR):
+            *parts, value, at = slots[first : first + _EXEMPLAR]
+            digits = [f"{int(part):0{end - start}x}" for part, (start, end) in zip(parts, _PARTS, strict=True)]
+            found.append(Exemplar({"trace_id": "".join(digits)}, value, at) if at else None)
+        return found
+
+    def _make(self, values: tuple[str, ...]) -> Slots:
+        slots = Slots(self._page, self._page.place(self.name, values, self.width, gauge=True))
+        for place in range(self.width):
+            slots.set(place, 0.0)
+        return slots
+
+
 class Histogram(Family[Distribution]):
-    """Numbers of values by size."""
+    """Numbers of values by size.
+
+    Attributes:
+        exemplars: the traces that some of its values belong to.
+    """
 
     kind = "histogram"
 
@@ -305,19 +371,26 @@ class Histogram(Family[Distribution]):
         super().__init__(page, name, help_text, labels, hidden=hidden)
         self._bounds = tuple(map(float, buckets))
         self.width = len(buckets) + 2
+        self.exemplars = Exemplars(page, f"{name} exemplars", labels, self._bounds, hidden)
 
     def _make(self, values: tuple[str, ...]) -> Distribution:
         return Distribution(self._page, self._page.place(self.name, values, self.width), self._bounds)
 
-    def expose(self, totals: dict[tuple[str, ...], list[float]]) -> Metric:
-        """See `Family.expose`."""
+    def expose(
+        self,
+        totals: dict[tuple[str, ...], list[float]],
+        exemplars: Mapping[tuple[str, ...], list[float]] = MappingProxyType({}),
+    ) -> Metric:
+        """See `Family.expose`; with the slots of the exemplars, for formats that have them."""
         family = HistogramMetricFamily(self.name, self.help_text, labels=self.label_names[: self.shown])
         names = [floatToGoString(bound) for bound in (*self._bounds, inf)]  # type: ignore[no-untyped-call]
         for values, total in totals.items():
-            count, buckets = 0.0, []
-            for name, in_bucket in zip(names, total, strict=False):
+            kept = self.exemplars.of_buckets(exemplars[values]) if values in exemplars else [None] * len(names)
+            count = 0.0
+            buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+            for name, in_bucket, exemplar in zip(names, total, kept, strict=False):
                 count += in_bucket
-                buckets.append((name, count))
+                buckets.append((name, count, exemplar) if exemplar else (name, count))
             family.add_metric(values, buckets, sum_value=total[-1])
         return family
 
@@ -340,3 +413,12 @@ def joined(families: Mapping[str, AnyFamily], pages: Sequence[Page]) -> dict[str
             so_far = joined[name].get(labels)
             joined[name][labels] = values if so_far is None else family.join(so_far, values)
     return joined
+
+
+def shown(family: AnyFamily, by_labels: Mapping[tuple[str, ...], list[float]]) -> dict[tuple[str, ...], list[float]]:
+    """Return the slots of a family's series by the labels that are shown."""
+    totals: dict[tuple[str, ...], list[float]] = {}
+    for labels, values in by_labels.items():
+        key = labels[: family.shown]
+        totals[key] = family.join(totals[key], values) if key in totals else values
+    return totals

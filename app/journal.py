@@ -99,10 +99,12 @@ class Journal:
         seconds = ended - trace.started
         route = trace.route
         self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
-        self._metrics.request_duration.labels(trace.model, route, trace.version, trace.status).observe(seconds)
+        labels = trace.model, route, trace.version, trace.status
+        self._metrics.request_duration.labels(*labels).observe(seconds)
         if trace.code and trace.status not in _FAILED_INSIDE:
             self._metrics.rejected.labels(trace.model, trace.code).inc()
         if trace.marks is not None and not quiet:
+            self._metrics.keep_exemplars(trace.marks.trace_id, labels, seconds, trace.marks.stage_seconds())
             trace.marks.end(_story_of(trace, trace.marks, method, path, ended))
         if self._access_log and not quiet and self._is_worth_a_line(trace):
             fields = trace.ids | {

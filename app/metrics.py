@@ -6,12 +6,13 @@ whose children are resolved once per model.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -30,10 +31,13 @@ from app.families import (
     Shares,
     Smallest,
     joined,
+    shown,
 )
 from app.pages import Page, Series, WriterState, private_page
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_1_0_0
+OPENMETRICS = "application/openmetrics-text"
+CONTENT_TYPE_OPENMETRICS = f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
 DEFAULT_SLO_S = 0.25
 
 # fmt: off
@@ -284,9 +288,10 @@ class Metrics:
 
         Where the version is a hidden label its numbers stay in the sums, under no version: what is shown never falls.
         """
+        families = self.families | _exemplars_of(self.families)
         gone = []
         for series in self.page.series():
-            family = self.families.get(series.name)
+            family = families.get(series.name)
             if family is None or len(family.label_names) != len(series.labels):
                 continue
             labels = dict(zip(family.label_names, series.labels, strict=True))
@@ -305,9 +310,30 @@ class Metrics:
             self.page.slots[kept + offset] += self.page.slots[series.first + offset]
             self.page.slots[series.first + offset] = 0
 
-    def render(self) -> bytes:
-        """Return the Prometheus text exposition of every series, summed over all pages."""
+    def render(self, *, openmetrics: bool = False) -> bytes:
+        """Return every series, summed over all pages, in Prometheus' text format or in OpenMetrics.
+
+        Only OpenMetrics has exemplars; with five models it takes 9 ms, the other 6.
+        """
+        if openmetrics:
+            return generate_openmetrics(self.registry)  # type: ignore[no-untyped-call,no-any-return]
         return generate_latest(self.registry)
+
+    def keep_exemplars(
+        self, trace_id: str, labels: tuple[object, ...], seconds: float, stages: Mapping[str, float]
+    ) -> None:
+        """Tie a request's time, and that of each of its stages, to its trace.
+
+        Args:
+            trace_id: 32 hexadecimal digits.
+            labels: of `request_duration`.
+            seconds: what was observed there.
+            stages: what was observed of `stage_duration`, by stage.
+        """
+        self.request_duration.exemplars.keep(labels, seconds, trace_id)
+        model, _, version, _ = labels
+        for stage, duration in stages.items():
+            self.stage_duration.exemplars.keep((model, stage, version), duration, trace_id)
 
     def sums(self, *names: str) -> dict[str, dict[tuple[str, ...], list[float]]]:
         """Return the slots of every series of some families, by all its labels, joined over all pages."""
@@ -355,12 +381,18 @@ class _Totals(Collector):
 
     def collect(self) -> Iterator[Metric]:
         by_name = joined(self._families, self._pages)
+        exemplars = joined(_exemplars_of(self._families), self._pages)
         for name, family in self._families.items():
-            totals: dict[tuple[str, ...], list[float]] = {}
-            for labels, values in by_name[name].items():
-                shown = labels[: family.shown]
-                totals[shown] = family.join(totals[shown], values) if shown in totals else values
-            yield family.expose(totals)
+            totals = shown(family, by_name[name])
+            if isinstance(family, Histogram):
+                yield family.expose(totals, shown(family.exemplars, exemplars[family.exemplars.name]))
+            else:
+                yield family.expose(totals)
+
+
+def _exemplars_of(families: Mapping[str, AnyFamily]) -> dict[str, AnyFamily]:
+    histograms = (family for family in families.values() if isinstance(family, Histogram))
+    return {family.exemplars.name: family.exemplars for family in histograms}
 
 
 class _States(Collector):

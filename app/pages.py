@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 log = logging.getLogger(__name__)
 
 PAGE_BYTES = 4 << 20
-MAX_WIDTH = 64
+MAX_WIDTH = 128
 """Slots of one series at most."""
 NO_VALUE = math.nan
 """What a gauge holds while it is not shown."""

@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from app.metrics import CONTENT_TYPE, Metrics
+from app.metrics import CONTENT_TYPE, CONTENT_TYPE_OPENMETRICS, OPENMETRICS, Metrics
 from app.pages import SILENT_S, Page, WriterState
 
 _JSON = "application/json"
@@ -54,10 +54,11 @@ class Probes:
         self._refresh()
         return readiness(self._metrics.pages)
 
-    def metrics(self) -> bytes:
-        """Return the Prometheus text."""
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Return every series and their format's media type: OpenMetrics for who accepts it, else Prometheus text."""
         self._refresh()
-        return self._metrics.render()
+        openmetrics = OPENMETRICS in accept
+        return self._metrics.render(openmetrics=openmetrics), CONTENT_TYPE_OPENMETRICS if openmetrics else CONTENT_TYPE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -66,7 +67,8 @@ class Probes:
             status, answer = self.live() if scope["path"] == "/livez" else self.ready()
             content = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
         elif scope["path"] == "/metrics":
-            content, kind = self.metrics(), CONTENT_TYPE
+            accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+            content, kind = self.metrics(accept.decode("latin-1"))
         else:
             status = 404
             content = b'{"error": "This port has /livez, /readyz and /metrics.", "code": "not_found"}'

@@ -146,6 +146,17 @@ class Marks:
         """Note that the rows are put in line, and how long they were decoded."""
         self.decode_s, self.queued_at = decode_s, time.monotonic()
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Return how long each stage took, seconds, by name; none of one that the request never came to the end of."""
+        batches = [stay.batch for stay in self.stays if stay.batch.ended]
+        seconds = {
+            "decode": self.decode_s,
+            "queue": batches[0].taken_at - self.queued_at if batches else 0.0,
+            "infer": max((batch.ended - batch.started for batch in batches), default=0.0),
+            "post": self.posted_at - self.post_at,
+        }
+        return {stage: duration for stage, duration in seconds.items() if duration > 0}
+
     def end(self, story: "Story") -> None:
         """Hand over what was noted: the request is over."""
         self._tracer.put(story)

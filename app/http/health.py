@@ -1,10 +1,9 @@
 """Probes and metrics on the main port: `app/probes.py` answers, so that any worker speaks for the whole service."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from app.http.schemas import Live, Ready
-from app.metrics import CONTENT_TYPE
 from app.probes import Probes
 
 
@@ -24,7 +23,8 @@ def routes(probes: Probes) -> APIRouter:
         return JSONResponse(content, status)  # type: ignore[return-value]
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-    async def metrics_text() -> Response:
-        return Response(probes.metrics(), headers={"Content-Type": CONTENT_TYPE})
+    async def metrics_text(request: Request) -> Response:
+        content, kind = probes.metrics(request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": kind})
 
     return router

@@ -12,6 +12,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families as text_families
 
 from app.metrics import BATCH_BUCKETS, Metrics
 from app.pages import create_shared, open_shared
@@ -96,6 +98,62 @@ def test_the_text_is_what_prometheus_client_writes():
     names = ("convoy_requests", "convoy_batch_size", "convoy_inflight_requests", "convoy_model_info")
     own_lines = [line for line in ours.render().decode().splitlines() if any(name in line for name in names)]
     assert own_lines == generate_latest(registry).decode().splitlines()
+
+
+def test_openmetrics_says_what_the_text_says(server):
+    server.client.post("/predict", content=plain_image("red"))
+    answer = server.client.get("/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0,*/*;q=0.1"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert server.client.get("/metrics").headers["content-type"].startswith("text/plain")
+    strict = {
+        sample.name + str(sorted(sample.labels.items()))
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    plain = {
+        sample.name + str(sorted(sample.labels.items()))
+        for family in text_families(server.client.get("/metrics").text)
+        for sample in family.samples
+    }
+    assert strict == plain
+    assert "trace_id" not in answer.text
+
+
+def test_of_several_processes_a_bucket_shows_the_latest_exemplar(monkeypatch):
+    descriptor = create_shared(2)
+    pages = open_shared(descriptor)
+    os.close(descriptor)
+    for page in pages:
+        page.take_over(os.getpid())
+    one, other = (Metrics(page, pages) for page in pages)
+
+    def keep(metrics: Metrics, at: float, trace_id: str, version: str = "1", seconds: float = 0.004) -> None:
+        monkeypatch.setattr("app.families.time.time", lambda: at)
+        metrics.request_duration.labels("m", "/predict", version, 200).observe(seconds)
+        metrics.keep_exemplars(trace_id, ("m", "/predict", version, 200), seconds, {"infer": seconds})
+
+    def shown() -> dict[str, str]:
+        text = one.render(openmetrics=True).decode()
+        return {
+            sample.labels["le"]: sample.exemplar.labels["trace_id"]
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.exemplar and sample.name == "convoy_request_duration_seconds_bucket"
+        }
+
+    first, second, third = "f" * 32, "0123456789abcdef" * 2, f"{1:032x}"
+    keep(one, 100.0, first)
+    keep(other, 101.0, second)
+    assert shown() == {"0.005": second}
+    keep(other, 101.1, third)
+    assert shown() == {"0.005": second}, "one so young is kept"
+    keep(one, 103.0, third, version="2")
+    keep(one, 103.0, first, version="2", seconds=60)
+    assert shown() == {"0.005": third, "+Inf": first}
+    one.forget("m", "2")
+    assert shown() == {"0.005": second}
+    pages[1].release()
+    assert shown() == {"0.005": first}
 
 
 def test_processes_are_told_apart_where_there_are_several():

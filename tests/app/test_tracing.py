@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from app.otlp import OtlpSink, create_sink
 from app.tracing import CHUNK, MAX_WAITING, Marks, Parent, Story, Tracer, asked_by, is_switched_off, parent_of
@@ -71,6 +72,7 @@ def story(tmp_path_factory) -> Iterator[SimpleNamespace]:
         caller.infer(images(RED, RED), metadata=metadata)
         caller.refusal(images(RED, model="nobody"), metadata=tuple(parent(21).items()))
         yield_lines = logged_with(server, "mine")
+        openmetrics = server.client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
         lines = server.lines()
         status = server.stop()
     yield SimpleNamespace(
@@ -80,6 +82,7 @@ def story(tmp_path_factory) -> Iterator[SimpleNamespace]:
         collector=collector,
         mine=yield_lines,
         lines=lines,
+        openmetrics=openmetrics,
         status=status,
     )
 
@@ -185,6 +188,34 @@ def test_a_call_over_grpc_is_traced_alike(story):
     }
     [refused] = story.trace(21).values()
     assert refused.attributes["rpc.response.status_code"] == "NOT_FOUND"
+
+
+def test_the_buckets_of_slow_and_fast_lead_to_their_traces(story):
+    assert story.openmetrics.headers["content-type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    traced = {span.trace_id for span in story.spans}
+    found = {"convoy_request_duration_seconds_bucket": set(), "convoy_stage_duration_seconds_bucket": set()}
+    for family in text_string_to_metric_families(story.openmetrics.text):
+        for sample in family.samples:
+            if sample.exemplar is not None:
+                assert sample.exemplar.labels["trace_id"] in traced
+                assert sample.exemplar.value <= float(sample.labels["le"])
+                found[sample.name].add((sample.labels["model"], sample.labels.get("stage")))
+    assert {("colours", None), ("slow", None)} <= found["convoy_request_duration_seconds_bucket"]
+    stages = {(model, stage) for model in ("colours", "slow") for stage in STAGES[1:]}
+    assert found["convoy_stage_duration_seconds_bucket"] == stages
+
+
+def test_an_exemplar_is_of_the_request_that_it_names(story):
+    family = next(
+        family
+        for family in text_string_to_metric_families(story.openmetrics.text)
+        if family.name == "convoy_request_duration_seconds"
+    )
+    for sample in family.samples:
+        if sample.exemplar is not None:
+            spans = [span for span in story.spans if span.trace_id == sample.exemplar.labels["trace_id"]]
+            whole = next(span for span in spans if span.kind == SERVER)
+            assert length(whole) / 1e9 == pytest.approx(sample.exemplar.value, abs=1e-5)
 
 
 def test_what_waits_is_sent_before_the_process_ends(story):
