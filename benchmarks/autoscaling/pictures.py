@@ -34,7 +34,7 @@ def draw(recording: Mapping[str, Any], outcomes: Outcomes, path: Path) -> None:
         needed = [outcomes.needed(rate, manifests.hpa(), share) for rate in demand]
         axes.step(minutes, needed, color=DEMAND, linewidth=3, label=f"needed at {share:g} of capacity", where="post")
         axes.set_ylabel("replicas")
-        axes.set_ylim(0, 13)
+        axes.set_ylim(0, 14)
     for axes, title, names in (
         (scaled, "By the manifests", ("HPA", "KEDA")),
         (small, "With a target below one request a pod", ("HPA, small target", "HPA, small target, gauge")),
