@@ -30,6 +30,7 @@ from app.manifest import (
 )
 from app.metrics import Metrics, ModelMetrics
 from app.sessions import ClassifierSession, Device, OnnxSession, Session
+from app.tensorrt import Engines
 from app.tensors import VARIABLE, Array, TensorSpec
 
 
@@ -40,7 +41,7 @@ class LoadedModel:
     Attributes:
         name, version: what it is asked for by.
         digest: SHA-256 of its ONNX file.
-        provider: where it runs, `cpu` or `cuda`.
+        provider: where it runs, `cpu`, `cuda` or `tensorrt`.
         inputs, outputs: its tensors, in the graph's order.
         max_batch: rows of a run; 0: each request runs alone, in whatever shapes the graph takes.
         unbatched_why: where rows of different requests never share a run, why not; else empty.
@@ -99,6 +100,7 @@ class Loader:
         threads_per_session: int,
         max_batch: int,
         linger_s: float,
+        engines: Engines | None = None,
         renames: bool = False,
     ) -> None:
         # `renames`: a model is called what it is asked for by, whatever name its manifest has.
@@ -109,6 +111,7 @@ class Loader:
         self._threads = threads_per_session
         self._max_batch = max_batch
         self._linger_s = linger_s
+        self._engines = (engines or Engines()).at_least(max_batch)
 
     def load(
         self, name: str, version: str, directory: Path, loop: asyncio.AbstractEventLoop
@@ -173,11 +176,16 @@ class Loader:
         path = directory / (manifest.model.file if manifest else MODEL_FILE)
         if manifest is not None:
             verify_tensor_files(directory, manifest)
-        sessions = [OnnxSession(path, self._device, self._threads) for _ in range(self._sessions)]
+        sessions = [OnnxSession(path, self._device, self._threads, self._engines) for _ in range(self._sessions)]
         difference = None
         if manifest is not None and manifest.golden is not None:
             difference = max(prove_tensors(directory, manifest, session) for session in sessions)
         max_batch, why = self._how_it_batches(sessions[0], manifest)
+        if sessions[0].provider == "tensorrt" and not max_batch and sessions[0].has_variable_inputs:
+            raise BundleError(
+                f"{path} takes whatever shapes each request has ({why}), and TensorRT would build an engine for each: "
+                "serve it with device cuda."
+            )
         for session in sessions:
             _warm_up_tensors(session, max_batch)
         metrics = self._metrics.for_model(name, version)
@@ -210,7 +218,9 @@ class Loader:
         return self._max_batch, ""
 
     def _classifier_session(self, bundle: Bundle) -> ClassifierSession:
-        session = ClassifierSession(bundle.model_path, self._device, self._threads)
+        # All golden images go through in one run.
+        engines = self._engines.at_least(len(bundle.manifest.golden.images))
+        session = ClassifierSession(bundle.model_path, self._device, self._threads, engines)
         check_graph(bundle, session)
         return session
 

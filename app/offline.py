@@ -14,6 +14,7 @@ from app.manifest import Bundle, read_bundle, verify_files
 from app.scores import Score, top_k
 from app.sessions import ClassifierSession
 from app.settings import Settings
+from app.tensorrt import Engines
 from app.versions import default_of, find_models
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -43,7 +44,11 @@ class Classifier:
         self.bundle = find_bundle(settings, name)
         verify_files(self.bundle)
         self._threads = settings.sessions or usable_cpus()
-        self._session = ClassifierSession(self.bundle.model_path, settings.device, settings.threads_per_session)
+        rows = max(settings.max_batch, len(self.bundle.manifest.golden.images))
+        engines = Engines(rows, settings.tensorrt_cache, settings.tensorrt_fp16)
+        self._session = ClassifierSession(
+            self.bundle.model_path, settings.device, settings.threads_per_session, engines
+        )
         check_graph(self.bundle, self._session)
         prove(self.bundle, self._session.classify)
         self._max_pixels = settings.max_image_pixels

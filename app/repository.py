@@ -337,7 +337,7 @@ class Repository:
         return change.faults
 
     def providers(self) -> set[str]:
-        """Return where models run now: `cpu`, `cuda`."""
+        """Return where models run now: `cpu`, `cuda`, `tensorrt`."""
         return {version.model.provider for version in self._versions() if version.model is not None}
 
     def show_queues(self) -> int:

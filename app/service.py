@@ -36,6 +36,7 @@ from app.pages import Page, WriterState
 from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
+from app.tensorrt import Engines
 from app.tls import certificate_of, options
 from app.tracing import Tracer, asked_by, is_switched_off
 from app.versions import Selection, Shelf, default_of, find_models
@@ -97,6 +98,7 @@ class Service:
             threads_per_session=settings.threads_per_session,
             max_batch=settings.max_batch,
             linger_s=settings.linger_ms / 1000,
+            engines=Engines(settings.max_batch, settings.tensorrt_cache, settings.tensorrt_fp16),
             renames=bool(settings.model_name),
         )
         board = board or Board()

@@ -12,15 +12,18 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app import runtime
+from app import runtime, tensorrt
 from app.errors import BundleError, SettingsError
 from app.manifest import ENERGY_NAME, INPUT_NAME, OUTPUT_NAME
 from app.tensors import VARIABLE, Array, TensorSpec, datatype_of
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+_NAMES = {tensorrt.PROVIDER: "tensorrt", CUDA: "cuda", CPU: "cpu"}
+_STRICT = frozenset({"cuda", "tensorrt"})
+"""Devices that mean themselves or nothing."""
 
 # Creating two sessions on one GPU at once has crashed (onnxruntime issue 26610).
 _creation = threading.Lock()
@@ -30,7 +33,7 @@ class Session(Protocol):
     """A loaded graph."""
 
     provider: str
-    """`cpu` or `cuda`: where the graph really runs."""
+    """`cpu`, `cuda` or `tensorrt`: where the graph really runs."""
 
     def run(self, *inputs: Array) -> tuple[Array, ...]:
         """Turn the graph's inputs, in its order, into its outputs, in its order."""
@@ -41,22 +44,30 @@ class OnnxSession:
     """An ONNX Runtime session over any graph of tensors.
 
     Attributes:
-        provider: `cpu` or `cuda`.
+        provider: `cpu`, `cuda` or `tensorrt`; with the last, what TensorRT does not know runs in CUDA.
         inputs, outputs: what the graph takes and gives, in its order.
     """
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
-        """Load the graph at `path`.
+    def __init__(self, path: Path, device: Device, threads: int, engines: tensorrt.Engines | None = None) -> None:
+        """Load the graph at `path`; with TensorRT that takes minutes, unless its engine was kept.
+
+        Args:
+            path: the graph's file.
+            device: where it shall run.
+            threads: inside the session.
+            engines: how TensorRT's are built, if that is the device; None: for single rows, and not kept.
 
         Raises:
             BundleError: the file is not a graph that ONNX Runtime can load, or takes or gives more than tensors.
-            SettingsError: `device` is cuda and the graph does not run there.
+            SettingsError: `device` is cuda or tensorrt and the graph does not run there.
         """
         with _creation:
-            self._session = _create(path, device, threads)
-        self.provider = "cuda" if CUDA in self._session.get_providers() else "cpu"
-        if device == "cuda" and self.provider != "cuda":
-            raise SettingsError("device is cuda, but ONNX Runtime gave a session on the CPU: no CUDA device is usable.")
+            self._session = _create(path, device, threads, engines or tensorrt.Engines())
+        self.provider = _NAMES.get(self._session.get_providers()[0], "cpu")
+        if device in _STRICT and self.provider != device:
+            raise SettingsError(
+                f"device is {device}, but ONNX Runtime gave a session in {self.provider}: no such device is usable."
+            )
         self.inputs = _specs(self._session.get_inputs(), path)
         self.outputs = _specs(self._session.get_outputs(), path)
         self.symbols = tuple(tuple(node.shape) for node in self._session.get_inputs())
@@ -67,6 +78,11 @@ class OnnxSession:
         # Else every row that a graph does not take is a line on standard error too, in colours; the error says it.
         self._options.log_severity_level = 4
 
+    @property
+    def has_variable_inputs(self) -> bool:
+        """Whether any dimension of an input is a request's to choose."""
+        return any(VARIABLE in spec.shape for spec in self.inputs)
+
     def run(self, *inputs: Array) -> tuple[Array, ...]:
         """Turn the graph's inputs into its outputs, both in its order."""
         fed = dict(zip(self._input_names, inputs, strict=True))
@@ -76,14 +92,14 @@ class OnnxSession:
 class ClassifierSession(OnnxSession):
     """A session over a bundle's graph: uint8 `[n, height, width, 3]` to float32 probabilities `[n, classes]`."""
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
-        """Load the graph at `path`.
+    def __init__(self, path: Path, device: Device, threads: int, engines: tensorrt.Engines | None = None) -> None:
+        """Load the graph at `path`, as any.
 
         Raises:
             BundleError: the file is not a graph that ONNX Runtime can load, or lacks the bundle's input or output.
-            SettingsError: `device` is cuda and the graph does not run there.
+            SettingsError: `device` is cuda or tensorrt and the graph does not run there.
         """
-        super().__init__(path, device, threads)
+        super().__init__(path, device, threads, engines)
         _expect(self.inputs, INPUT_NAME, "UINT8", path)
         # Nobody asks for the energy yet. It is computed all the same: at most 1 µs of 98 with the smallest network.
         self.outputs = tuple(spec for spec in self.outputs if spec.name != ENERGY_NAME)
@@ -106,7 +122,7 @@ class ClassifierSession(OnnxSession):
         return cast(NDArray[np.float32], self.run(pixels)[0])
 
 
-def _create(path: Path, device: Device, threads: int) -> Any:
+def _create(path: Path, device: Device, threads: int, engines: tensorrt.Engines) -> Any:
     ort = runtime.load()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -114,30 +130,55 @@ def _create(path: Path, device: Device, threads: int) -> Any:
     # Spinning threads would take the processor from the event loop and the decoders, and burn a container's quota.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = _providers(ort, device)
-    if device == "cuda":
+    if device in _STRICT:
         # Without this key ONNX Runtime falls back to the CPU in silence; with it, naming the CPU provider is an error.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if CUDA in providers:
         ort.preload_dlls()
+    given: list[str | tuple[str, dict[str, str]]] = list(providers)
+    if device == "tensorrt":
+        given[0] = (tensorrt.PROVIDER, _tensorrt_options(ort, path, engines))
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        # A provider that fails would else be dropped for the next, with no more than words on standard output.
+        return ort.InferenceSession(str(path), options, providers=given, enable_fallback=device not in _STRICT)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes, some straight from pybind11
-        if device == "cuda":
-            raise SettingsError(f"device is cuda, but {path} does not run on it: {_first_line(error)}") from error
+        if device in _STRICT:
+            raise SettingsError(f"device is {device}, but {path} does not run on it: {_first_line(error)}") from error
         raise BundleError(f"{path} is not a graph that ONNX Runtime can load: {_first_line(error)}") from error
 
 
 def _providers(ort: Any, device: Device) -> list[str]:
-    available = CUDA in ort.get_available_providers()
+    available = ort.get_available_providers()
     match device:
         case "cuda":
-            if not available:
+            if CUDA not in available:
                 raise SettingsError("device is cuda, but this ONNX Runtime has no CUDA: install convoy-serve[gpu].")
             return [CUDA]
-        case "auto" if available:
+        case "tensorrt":
+            if tensorrt.PROVIDER not in available:
+                raise SettingsError(
+                    "device is tensorrt, but this ONNX Runtime has no TensorRT: install convoy-serve[gpu]."
+                )
+            return [tensorrt.PROVIDER, CUDA]
+        case "auto" if CUDA in available:
             return [CUDA, CPU]
         case _:
             return [CPU]
+
+
+def _tensorrt_options(ort: Any, path: Path, engines: tensorrt.Engines) -> dict[str, str]:
+    """Return the provider's options for a graph, whose inputs a session on the CPU tells, which runs nothing."""
+    version = tensorrt.load_libraries()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        inputs = ort.InferenceSession(str(path), options, providers=[CPU]).get_inputs()
+    except Exception as error:
+        raise BundleError(f"{path} is not a graph that ONNX Runtime can load: {_first_line(error)}") from error
+    versions = f"onnxruntime-{ort.__version__}-tensorrt-{version}"
+    found = tensorrt.options(path, [(node.name, node.shape) for node in inputs], engines, versions)
+    tensorrt.make_room(found)
+    return found
 
 
 def _specs(nodes: list[Any], path: Path) -> tuple[TensorSpec, ...]:

@@ -85,8 +85,16 @@ class Settings(BaseModel):
         le=86_400,
         description="Look this often whether the models directory has changed, and follow it; 0: only when told.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="cuda means CUDA or no start; auto takes CUDA where it works and says what it took."
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        default="auto",
+        description="cuda and tensorrt mean that or no start; auto takes CUDA where it works and says what it took.",
+    )
+    tensorrt_cache: str = Field(
+        default="",
+        description="Directory that keeps TensorRT's engines, which take minutes to build. Empty: built at each start.",
+    )
+    tensorrt_fp16: bool = Field(
+        default=False, description="Let TensorRT compute in half precision; the golden answers must still come out."
     )
     sessions: int = Field(
         default=0,

@@ -51,7 +51,7 @@ class Vitals:
         """Bring up to date what changes with the models."""
         running = self._repository.show_queues()
         self._sessions.set(running * self._threads_per_session)
-        if self._gpus is None and "cuda" in self._repository.providers():
+        if self._gpus is None and not self._repository.providers() <= {"cpu"}:
             self._gpus = GpuWatch(self._metrics)
             self._gpus.start()
 

@@ -25,7 +25,7 @@ class Prediction:
         top: the most probable classes, best first; at least one.
         model, version: which model said so.
         digest: SHA-256 of its ONNX file.
-        provider: where it ran: cpu or cuda.
+        provider: where it ran: cpu, cuda or tensorrt.
         request_id: the id of the request in the service's log; images that were sent together share it.
         server_ms: what the request took in the service, milliseconds, by stage: decode, queue, infer.
     """

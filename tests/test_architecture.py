@@ -55,6 +55,7 @@ FLOORS = {
     "app.cpus": 0,
     "app.jpeg": 0,
     "app.logs": 0,
+    "app.tensorrt": 2,
     "app.tensors": 0,
     "app.tracing": 1,
     "app.otlp": 2,

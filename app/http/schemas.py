@@ -60,7 +60,7 @@ class VersionDetail(BaseModel):
     )
     active: bool = Field(description="Whether it answers whoever names no version.")
     aliases: list[str] = Field(description="Other names for it.")
-    provider: str = Field(default="", description="Where it runs: cpu or cuda.")
+    provider: str = Field(default="", description="Where it runs: cpu, cuda or tensorrt.")
     digest: str = Field(default="", description="SHA-256 of the ONNX file.")
     inputs: list[Tensor] = Field(default_factory=list)
     outputs: list[Tensor] = Field(default_factory=list)
@@ -78,7 +78,7 @@ class ModelSummary(BaseModel):
     reason: str = Field(description="Why it failed, or why another version is not served; else empty.")
     description: str = ""
     classes: int = 0
-    provider: str = Field(default="", description="Where it runs: cpu or cuda.")
+    provider: str = Field(default="", description="Where it runs: cpu, cuda or tensorrt.")
     digest: str = Field(default="", description="SHA-256 of the ONNX file.")
     aliases: dict[str, str] = Field(default_factory=dict, description="Other names for versions.")
     versions: list[VersionDetail] = Field(description="All that are loaded or in the folder, newest first.")

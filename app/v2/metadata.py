@@ -79,7 +79,7 @@ def model_config(model: LoadedModel) -> dict[str, Any]:
         "instance_group": [
             {
                 "name": f"{model.name}_0",
-                "kind": "KIND_GPU" if model.provider == "cuda" else "KIND_CPU",
+                "kind": "KIND_CPU" if model.provider == "cpu" else "KIND_GPU",
                 "count": model.batcher.parallel,
             }
         ],

@@ -27,11 +27,11 @@ class Prometheus:
     def __init__(self, client: httpx.Client, targets: Path) -> None:
         self._client = client
         self._targets = targets
-        self._jobs: dict[str, str] = {}
+        self._jobs: dict[str, tuple[str, Mapping[str, str]]] = {}
 
-    def scrape(self, job: str, url: str) -> None:
-        """Watch a service from now on."""
-        self._jobs[job] = url.removeprefix("http://")
+    def scrape(self, job: str, url: str, labels: Mapping[str, str] | None = None) -> None:
+        """Watch a service from now on, its series with these labels."""
+        self._jobs[job] = (url.removeprefix("http://"), labels or {})
         self._write()
 
     def forget(self, job: str) -> None:
@@ -66,7 +66,9 @@ class Prometheus:
         return result
 
     def _write(self) -> None:
-        found = [{"targets": [address], "labels": {"job": job}} for job, address in self._jobs.items()]
+        found = [
+            {"targets": [address], "labels": {"job": job, **labels}} for job, (address, labels) in self._jobs.items()
+        ]
         whole = self._targets.with_suffix(".new")
         whole.write_text(json.dumps(found))
         whole.replace(self._targets)

@@ -17,10 +17,11 @@ K8S = ROOT / "k8s"
 OVERLAYS = tuple(sorted(path.name for path in (K8S / "overlays").iterdir()))
 COMPONENTS = tuple(sorted(path.name for path in (K8S / "components").iterdir()))
 
-ON_CPU, ON_GPU, BY_KSERVE = ("cpu",), ("gpu",), ("kserve",)
+ON_CPU, ON_GPU, ON_TENSORRT, BY_KSERVE = ("cpu",), ("gpu",), ("gpu-tensorrt",), ("kserve",)
 VARIANTS: tuple[tuple[str, ...], ...] = (
     *((overlay,) for overlay in OVERLAYS),
     *(("gpu" if component == "dra" else "cpu", component) for component in COMPONENTS),
+    (*ON_TENSORRT, "dra"),
     # All that go together, as in docs/operations.md.
     ("gpu", "monitoring", "autoscaling-keda", "gateway", "dra", "model-fetch", "training"),
 )

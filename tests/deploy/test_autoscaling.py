@@ -55,7 +55,11 @@ def test_demand_is_what_would_be_inside_if_nobody_were_turned_away(
     series = []
     for pod, requests in inside.items():
         labels = f'namespace="convoy",pod="{pod}",model="pets"'
-        series.append({"series": f"convoy_inflight_requests{{{labels}}}", "values": f"{requests}x20"})
+        # Seconds that requests were inside, together: as many in a second as were inside. The gauge of one moment says
+        # another number.
+        busy = {"series": f"convoy_request_duration_seconds_sum{{{labels}}}"}
+        series.append(busy | {"values": f"0+{requests * 15}x80"})
+        series.append({"series": f"convoy_inflight_requests{{{labels}}}", "values": "99x80"})
         ran = {"series": f'convoy_stage_duration_seconds_count{{{labels},stage="infer"}}'}
         series.append(ran | {"values": f"0+{run_a_minute / 4}x80"})
         if refused_a_minute is not None:

