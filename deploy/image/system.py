@@ -26,8 +26,9 @@ LEFT_OUT = (
     "sitecustomize.py", "test", "tests", "tkinter", "turtle.py", "turtledemo", "_test*.so", "_ctypes_test*.so",
     "_tkinter*.so", "_xx*.so",
 )  # fmt: skip
-# glibc opens it by name when a thread ends early, so the loader's list does not have it.
-BY_NAME = ("libgcc_s.so.1",)
+# The loader's list does not have them: glibc opens the first by name when a thread ends early, the others are for the
+# host's NVIDIA driver, which is mounted and finds nothing here but what is here.
+BY_NAME = ("libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1")
 FILES = ("/etc/debian_version", "/etc/os-release", "/etc/ld.so.conf", "/etc/ssl/certs/ca-certificates.crt")
 USERS = {
     "passwd": "root:x:0:0:root:/tmp:/nonexistent\nconvoy:x:10001:10001:convoy:/tmp:/nonexistent\n",
