@@ -30,6 +30,8 @@ LEFT_OUT = (
 # host's NVIDIA driver, which is mounted and finds nothing here but what is here.
 BY_NAME = ("libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1")
 FILES = ("/etc/debian_version", "/etc/os-release", "/etc/ld.so.conf", "/etc/ssl/certs/ca-certificates.crt")
+# Where a container's runtime and NVIDIA's hook mount what the kernel gives; not every one makes them itself.
+MOUNTED = ("dev", "proc", "sys")
 USERS = {
     "passwd": "root:x:0:0:root:/tmp:/nonexistent\nconvoy:x:10001:10001:convoy:/tmp:/nonexistent\n",
     "group": "root:x:0:\nconvoy:x:10001:\n",
@@ -157,6 +159,8 @@ def lay_out(environment: Path, root: Root) -> None:
     subprocess.run(["/sbin/ldconfig", "-r", root.directory], check=True)
     (root.directory / "tmp").mkdir()
     (root.directory / "tmp").chmod(0o1777)
+    for name in MOUNTED:
+        (root.directory / name).mkdir()
 
 
 if __name__ == "__main__":
