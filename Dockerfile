@@ -117,13 +117,13 @@ LABEL org.opencontainers.image.title="Convoy" \
 FROM runtime AS tried-cpu
 COPY --from=dependencies-cpu /system /
 COPY --from=dependencies-cpu /opt/convoy /opt/convoy
-RUN ["python", "-c", "import fastapi, grpc, httptools, httpx, numpy, onnxruntime, PIL.Image, simplejpeg, uvicorn, uvloop"]
+RUN ["python", "-c", "import fastapi, grpc, httptools, httpx, numpy, onnxruntime, opentelemetry.exporter.otlp.proto.http.trace_exporter, PIL.Image, simplejpeg, uvicorn, uvloop"]
 
 
 FROM runtime AS tried-gpu
 COPY --from=dependencies-gpu /system /
 COPY --from=dependencies-gpu /opt/convoy /opt/convoy
-RUN ["python", "-c", "import fastapi, grpc, httptools, httpx, numpy, onnxruntime, PIL.Image, simplejpeg, uvicorn, uvloop"]
+RUN ["python", "-c", "import fastapi, grpc, httptools, httpx, numpy, onnxruntime, opentelemetry.exporter.otlp.proto.http.trace_exporter, PIL.Image, pynvml, simplejpeg, uvicorn, uvloop"]
 
 
 # CUDA 13 and cuDNN come as wheels, so the image holds no CUDA system; the driver (R580 or newer) is the host's.

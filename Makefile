@@ -68,8 +68,8 @@ training-job: $(VENV)/.dev $(BIN)/kubectl ## run the command of the training Job
 image: $(IMAGE_TOOLS)/.installed ## build the image without Docker, on Debian as root, with its SBOM (TARGET=gpu IMAGE_DIR=…)
 	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" deploy/image/build.sh $(IMAGE_DIR) $(or $(TARGET),cpu)
 
-image-check: $(VENV)/.dev $(IMAGE_TOOLS)/.installed ## build it, hold it against its structure, run it read-only as anybody, stop it under load
-	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" CONVOY_IMAGE_CHECK=$(IMAGE_DIR) $(BIN)/pytest -n 0 -v -s tests/deploy/test_built_image.py
+image-check: $(VENV)/.dev $(IMAGE_TOOLS)/.installed ## build it, hold it against its structure, run it read-only as anybody, stop it under load (TARGET=gpu)
+	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" CONVOY_IMAGE_CHECK=$(IMAGE_DIR) CONVOY_IMAGE_TARGET=$(or $(TARGET),cpu) $(BIN)/pytest -n 0 -v -s tests/deploy/test_built_image.py
 
 image-lock: $(IMAGE_TOOLS)/.installed ## write the lists with hashes that images are installed from, by pyproject.toml and constraints.txt
 	PATH="$(abspath $(IMAGE_TOOLS))/bin:$$PATH" deploy/image/lock.sh

@@ -3,7 +3,7 @@
 # that mmdebstrap makes of Debian's packages. Leaves DIRECTORY/convoy-TARGET.tar (docker load, skopeo copy) and its SBOM.
 #   deploy/image/build.sh DIRECTORY [TARGET]
 # The base and the layers stay in DIRECTORY, so another build takes what has not changed. PIP_CERT names authorities
-# of your own for pip in the build; they do not get into the image. DEBIAN=12's name chooses another Debian.
+# of your own for pip in the build; they do not get into the image. DEBIAN=trixie takes another Debian.
 set -euo pipefail
 
 usage="usage: deploy/image/build.sh DIRECTORY [TARGET]"
@@ -39,7 +39,8 @@ if [[ -n ${PIP_CERT:-} ]]; then
     mounts+=(--volume "$directory/pip.conf:/etc/pip.conf:ro" --volume "$PIP_CERT:/run/authorities.pem:ro")
 fi
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' app/__init__.py)
-store build --pull=never --layers --target "$target" --tag "localhost/convoy:$target" "${mounts[@]}" \
+# Docker's own format, since OCI's has no place for a health check.
+store build --pull=never --format docker --layers --target "$target" --tag "localhost/convoy:$target" "${mounts[@]}" \
     --build-arg PYTHON_IMAGE="localhost/python-base:$debian" --build-arg VERSION="$version" \
     --build-arg REVISION="$(git rev-parse HEAD)" --build-arg CREATED="$(TZ=UTC git log -1 --date=format-local:%FT%TZ --format=%cd)" .
 

@@ -9,7 +9,7 @@ lock() {
         --output-file "deploy/image/$1.txt" -c constraints.txt "${@:2}" >/dev/null
 }
 
-lock cpu pyproject.toml --extra cpu --extra grpc
-lock gpu pyproject.toml --extra gpu --extra grpc -c constraints-gpu.txt
+lock cpu pyproject.toml --extra cpu --extra grpc --extra otel
+lock gpu pyproject.toml --extra gpu --extra grpc --extra otel -c constraints-gpu.txt
 lock train pyproject.toml --extra cpu --extra train
 echo setuptools | lock build -

@@ -26,9 +26,12 @@ LEFT_OUT = (
     "sitecustomize.py", "test", "tests", "tkinter", "turtle.py", "turtledemo", "_test*.so", "_ctypes_test*.so",
     "_tkinter*.so", "_xx*.so",
 )  # fmt: skip
-# glibc opens it by name when a thread ends early, so the loader's list does not have it.
-BY_NAME = ("libgcc_s.so.1",)
+# The loader's list does not have them: glibc opens the first by name when a thread ends early, the others are for the
+# host's NVIDIA driver, which is mounted and finds nothing here but what is here.
+BY_NAME = ("libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1")
 FILES = ("/etc/debian_version", "/etc/os-release", "/etc/ld.so.conf", "/etc/ssl/certs/ca-certificates.crt")
+# Where a container's runtime and NVIDIA's hook mount what the kernel gives; not every one makes them itself.
+MOUNTED = ("dev", "proc", "sys")
 USERS = {
     "passwd": "root:x:0:0:root:/tmp:/nonexistent\nconvoy:x:10001:10001:convoy:/tmp:/nonexistent\n",
     "group": "root:x:0:\nconvoy:x:10001:\n",
@@ -156,6 +159,8 @@ def lay_out(environment: Path, root: Root) -> None:
     subprocess.run(["/sbin/ldconfig", "-r", root.directory], check=True)
     (root.directory / "tmp").mkdir()
     (root.directory / "tmp").chmod(0o1777)
+    for name in MOUNTED:
+        (root.directory / name).mkdir()
 
 
 if __name__ == "__main__":

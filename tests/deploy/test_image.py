@@ -18,8 +18,7 @@ from app.settings import Settings
 
 STAGES_OF_TARGET = {"cpu": ("runtime", "cpu"), "gpu": ("runtime", "gpu")}
 LISTS = ("build", "cpu", "gpu", "train")
-# As `make image-lock` asks for them.
-EXTRAS = {"cpu": ("cpu", "grpc"), "gpu": ("gpu", "grpc"), "train": ("cpu", "train")}
+EXTRAS = {"cpu": ("cpu", "grpc", "otel"), "gpu": ("gpu", "grpc", "otel"), "train": ("cpu", "train")}
 
 
 def _pinned(file: Path) -> dict[str, str]:
@@ -101,7 +100,9 @@ def test_environment_is_tried_on_the_system_of_the_image(dockerfile, target):
     [trial] = dockerfile.find("RUN", f"tried-{target}")
     # A list, since there is no shell.
     assert json.loads(trial)[:2] == ["python", "-c"]
-    assert "onnxruntime" in json.loads(trial)[2]
+    imported = json.loads(trial)[2]
+    assert "onnxruntime" in imported and "opentelemetry.exporter.otlp" in imported
+    assert ("pynvml" in imported) == (target == "gpu")
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu", "train"])
@@ -127,6 +128,11 @@ def test_list_is_of_the_tested_versions(root, target):
     # The CUDA packages of the training image are PyTorch's choice.
     own = {name for name in listed if target == "train" and name.startswith(("cuda-", "nvidia-", "triton"))}
     assert {name: line[0] for name, line in listed.items() if name not in own and line[0] != wanted.get(name)} == {}
+
+
+def test_lists_are_asked_for_with_these_extras(root):
+    asked = re.findall(r"^lock (\w+) pyproject.toml (.*)$", (root / "deploy/image/lock.sh").read_text(), re.MULTILINE)
+    assert {target: tuple(re.findall(r"--extra (\w+)", words)) for target, words in asked} == EXTRAS
 
 
 @pytest.mark.parametrize("target", LISTS)
@@ -181,6 +187,11 @@ def test_runs_as_an_unprivileged_number(dockerfile):
     for stage in ("runtime", "train"):
         assert dockerfile.find("USER", stage) == ["10001:10001"]
     assert len(dockerfile.find("USER")) == 2
+
+
+@pytest.mark.parametrize("stage", ["runtime", "cpu", "gpu"])
+def test_who_runs_it_owns_nothing(dockerfile, stage):
+    assert [text for text in dockerfile.find("COPY", stage) if "--chown" in text or "--chmod" in text] == []
 
 
 def test_convoy_is_process_one_and_gets_the_signals(dockerfile):
