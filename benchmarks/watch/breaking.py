@@ -117,7 +117,8 @@ WAYS: dict[str, Broken] = {
     "refusals": Broken(
         frozenset({"ConvoyErrorBudgetBurn", "ConvoyRefusing"}), {"max_inflight_images": 1}, more_clients_than_room
     ),
-    "pauses": Broken(frozenset({"ConvoyLatencyBudgetBurn", "ConvoyEventLoopLate"}), {}, pauses),
+    # Who is kept waiting by a process that stands still has not been seen by it yet, so few requests count as slow.
+    "pauses": Broken(frozenset({"ConvoyEventLoopLate"}), {}, pauses),
     "killed-workers": Broken(frozenset({"ConvoyRestarts"}), {"workers": 2}, killed_workers),
     "nothing-ready": Broken(frozenset({"ConvoyNoneReady"}), {"watch_s": 1}, nothing_ready),
 }
