@@ -1,44 +1,47 @@
 """The same work served and bare: what one client waits beyond decode and run, what all clients get of the ceiling.
 
-    python -m benchmarks.bare               # a table, and benchmarks/results/bare.json; about four minutes
+    python -m benchmarks.bare               # a table, and benchmarks/results/bare.json; about five minutes; needs wrk
 
 Each turn measures, one after the other: decode and run of one image in this process, one client that sends its next
-request when its answer is there, as many clients as keep the service busy, and the ceiling (`app.bench.ceiling`). The
-service is a `convoy serve` with its defaults, except for the access log, and it is idle while the bare loops run. A
-ratio is of one turn, for the same machine is faster in one minute than in the next; the figures are medians over turns.
+request when its answer is there, the ceiling (`app.bench.ceiling`, in processes), as many clients as keep the service
+busy, and the ceiling again. The service is a `convoy serve` with its defaults, except for the access log; it and the
+processes of the bare loop stay up, and each is idle while the other works. The load is `wrk`, as for the peers: it
+shares the processors with the service, and a client written in Python would take a tenth of them. A ratio is of one
+turn, a few seconds long, for the same machine is faster in one minute than in the next: by up to a fifth where this was
+written. The figures are medians over turns.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from app.bench import server
-from app.bench.ceiling import measure_ceiling
-from app.bench.load import Plan, measure
-from app.bench.report import Latency, Report
-from app.bench.requests import Endpoint, build_requests
+from app.bench.ceiling import BareLoop
 from app.cpus import machine
 from app.images import decode
 from app.manifest import Bundle
 from app.sessions import ClassifierSession
 from benchmarks.others import Others
 from benchmarks.peers.__main__ import bundle_of, locked
+from benchmarks.peers.load import LoadError, measure, require_wrk
 from benchmarks.peers.scenarios import IMAGES
 from benchmarks.survival.__main__ import table
 from benchmarks.survival.rows import Finding
 
 RESULTS = Path(__file__).parent / "results/bare.json"
 IMAGE = "web.jpg"
-TURNS = 3
-SECONDS = 4.0
-"""Of each of the five loads of a turn; the one with many clients lasts twice as long."""
+TURNS = 15
+SECONDS = 1.0
+"""Of each measurement of a turn; the one with many clients lasts twice as long."""
 WARM_UP_S = 1.0
 
 
@@ -51,10 +54,12 @@ class Case:
     connections: int
     most_of_bare: float | None
     least_of_ceiling: float
+    workers: int = 1
 
 
 CASES = {
     "photo": Case("imagenet", "photo 500×375, EfficientNet-Lite0", 16, 1.15, 0.92),
+    "photo-workers": Case("imagenet", "photo 500×375, EfficientNet-Lite0, two workers", 16, 1.15, 0.92, workers=2),
     "resnet50": Case("resnet50", "photo 500×375, ResNet-50 with random weights", 8, None, 0.95),
 }
 
@@ -68,8 +73,6 @@ class Turn:
     served_per_s: float
     served_p99_ms: float
     ceiling_per_s: float
-    others_cpus: float | None = None
-    """Processors that others took meanwhile; None: not known on this system."""
 
     @property
     def one_over_bare(self) -> float:
@@ -78,10 +81,6 @@ class Turn:
     @property
     def served_over_ceiling(self) -> float:
         return self.served_per_s / self.ceiling_per_s
-
-
-class RefusedError(Exception):
-    """The service had to refuse requests, which this load gives it no reason for: others took the machine."""
 
 
 def main() -> int:
@@ -93,6 +92,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--lock", type=Path, help="hold this file's lock in each turn, on a machine that is shared")
     options = parser.parse_args()
+    require_wrk()
     console = Console(highlight=False)
     image = IMAGES[IMAGE]()
     document = json.loads(options.output.read_text()) if options.output.exists() else {}
@@ -103,19 +103,18 @@ def main() -> int:
         bundle = bundle_of(case.model)
         turns: list[Turn] = []
         refused = 0
-        while len(turns) < options.turns:
-            try:
-                with locked(options.lock), Others() as others:
-                    turn = take_turn(case, bundle, image, options.seconds)
-            except RefusedError as error:
-                console.print(f"Taking another turn: {error}.")
-                refused += 1
-                if refused > options.turns:
-                    raise SystemExit("No more turns: the machine is too busy to be measured.") from None
-            else:
-                turns.append(replace(turn, others_cpus=others.cpus))
-                console.print(f"[dim]{turns[-1]}")
-        finding = finding_of(case, turns)
+        with locked(options.lock), Others() as others, stage(case, bundle, image) as take_turn:
+            while len(turns) < options.turns:
+                try:
+                    turns.append(take_turn(options.seconds))
+                except LoadError as error:
+                    console.print(f"Taking another turn: {error}.")
+                    refused += 1
+                    if refused > options.turns:
+                        raise SystemExit("No more turns: the machine is too busy to be measured.") from None
+                else:
+                    console.print(f"[dim]{turns[-1]}")
+        finding = finding_of(case, turns, others.cpus)
         document[name] = {
             "scenario": case.title,
             "date": time.strftime("%Y-%m-%d"),
@@ -134,50 +133,50 @@ def main() -> int:
     return int(missed)
 
 
-def take_turn(case: Case, bundle: Bundle, image: bytes, seconds: float) -> Turn:
-    """Measure everything once, one after the other.
+@contextmanager
+def stage(case: Case, bundle: Bundle, image: bytes) -> Iterator[Callable[[float], Turn]]:
+    """Start the service and the bare loops of a case, warm them up, and yield what takes a turn with them."""
+    session, settings = ClassifierSession(bundle.model_path, "cpu", 1), {"access_log": False, "workers": case.workers}
+    with (
+        server.serving(bundle.directory.parent.parent, settings) as service,
+        BareLoop(bundle, [image], in_processes=True) as loop,
+        tempfile.NamedTemporaryFile() as file,
+    ):
+        file.write(image)
+        file.flush()
+        url, files = f"{service.url}/models/{case.model}/predict", [Path(file.name)]
 
-    Raises:
-        RefusedError: not every request was accepted.
-    """
-    with server.serving(bundle.directory.parent.parent, {"access_log": False}) as service:
-        endpoint = Endpoint.of(service.url, case.model)
-        plan = Plan(endpoint, build_requests(endpoint, [image]), connections=1, seconds=seconds, warm_up_s=WARM_UP_S)
-        bare = bare_ms(bundle, image, seconds)
-        one, _ = all_accepted(measure(plan))
-        many_plan = Plan(
-            endpoint, plan.requests, connections=case.connections, seconds=2 * seconds, warm_up_s=WARM_UP_S
-        )
-        many, report = all_accepted(measure(many_plan))
-        ceiling = measure_ceiling(bundle, [image], seconds).images_per_s
-    return Turn(round(bare, 3), one.p50, report.images_per_s, many.p99, ceiling)
+        def take_turn(seconds: float) -> Turn:
+            """Measure everything once, one after the other.
+
+            Raises:
+                LoadError: a request was not answered with 200, for which this load gives no reason: others took the
+                    machine.
+            """
+            bare = bare_ms(session, bundle, image, seconds)
+            one = measure(url, files, 1, seconds)
+            before = loop.measure(seconds, 0.0)
+            many = measure(url, files, case.connections, 2 * seconds)
+            after = loop.measure(seconds, 0.0)
+            ceiling = round((before + after) / 2, 2)
+            return Turn(round(bare, 3), one.p50_ms, round(many.per_s, 2), many.p99_ms, ceiling)
+
+        measure(url, files, case.connections, WARM_UP_S)
+        loop.measure(WARM_UP_S)
+        yield take_turn
 
 
-def bare_ms(bundle: Bundle, image: bytes, seconds: float) -> float:
+def bare_ms(session: ClassifierSession, bundle: Bundle, image: bytes, seconds: float) -> float:
     """Return the median milliseconds of decode and run of one image, in one thread."""
-    session, recipe = ClassifierSession(bundle.model_path, "cpu", 1), bundle.manifest.pixels
-    times = []
-    begin = time.perf_counter() + min(WARM_UP_S, seconds)
-    stop = begin + seconds
+    times, recipe = [], bundle.manifest.pixels
+    stop = time.perf_counter() + seconds
     while (started := time.perf_counter()) < stop:
         session.classify(decode(image, recipe)[None])
-        if started >= begin:
-            times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - started)
     return statistics.median(times) * 1000
 
 
-def all_accepted(report: Report) -> tuple[Latency, Report]:
-    """Return a report whose every request was accepted, and its latencies.
-
-    Raises:
-        RefusedError: it is another one, and no figure to compare.
-    """
-    if report.latency_ms is None or report.accepted != report.due:
-        raise RefusedError(f"of {report.due} requests only {report.accepted} were accepted; {report.first_bodies}")
-    return report.latency_ms, report
-
-
-def finding_of(case: Case, turns: Sequence[Turn]) -> Finding:
+def finding_of(case: Case, turns: Sequence[Turn], others_cpus: float | None) -> Finding:
     """Return the medians over the turns, beside the bars."""
 
     def median(figure: str) -> float:
@@ -194,7 +193,10 @@ def finding_of(case: Case, turns: Sequence[Turn]) -> Finding:
     finding.told("their p99", median("served_p99_ms"), "ms")
     finding.told("ceiling", median("ceiling_per_s"), "images/s")
     finding.at_least("served ÷ ceiling", median("served_over_ceiling"), case.least_of_ceiling)
-    finding.told("processors that others took meanwhile, at most", max(turn.others_cpus or 0.0 for turn in turns))
+    finding.told("the least of the turns", min(turn.served_over_ceiling for turn in turns))
+    finding.told("the most of the turns", max(turn.served_over_ceiling for turn in turns))
+    if others_cpus is not None:
+        finding.told("processors that others took meanwhile", others_cpus)
     return finding
 
 

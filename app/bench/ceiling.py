@@ -8,9 +8,9 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from app.cpus import usable_cpus
 from app.images import decode, forbid_pillow_guesses
@@ -50,19 +50,46 @@ def measure_ceiling(bundle: Bundle, images: Sequence[bytes], seconds: float) -> 
         BadImageError, TooLargeError: an image cannot be decoded.
         BundleError: the graph cannot be loaded.
     """
-    forbid_pillow_guesses()
-    workers = usable_cpus()
-    taken = _within(images, MOST_BYTES)
-    threads = ThreadPoolExecutor(workers, initializer=_adopt, initargs=(threading.Barrier(workers),))
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
-    processes = ProcessPoolExecutor(workers, spawn, initializer=_adopt, initargs=(spawn.Barrier(workers),))
     rates = []
-    for pool in (threads, processes):
-        with pool:
-            counts: list[Future[int]] = [pool.submit(_count, bundle, taken, seconds) for _ in range(workers)]
-            rates.append(round(sum(count.result() for count in counts) / seconds, 2))
-    in_threads, in_processes = rates
-    return Ceiling(in_threads, in_processes, workers, len(taken))
+    for in_processes in (False, True):
+        with BareLoop(bundle, images, in_processes=in_processes) as loop:
+            rates.append(loop.measure(seconds))
+    threads, processes = rates
+    return Ceiling(threads, processes, loop.workers, len(loop.images))
+
+
+class BareLoop:
+    """The loop in threads or processes that stay, in a `with` block, so that it can be measured again and again."""
+
+    def __init__(self, bundle: Bundle, images: Sequence[bytes], *, in_processes: bool) -> None:
+        forbid_pillow_guesses()
+        self.workers = usable_cpus()
+        self.images = _within(images, MOST_BYTES)
+        """Which of the images are taken, in turn."""
+        self._pool: Executor
+        if in_processes:
+            spawn = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
+            adopted = (spawn.Barrier(self.workers), bundle, self.images)
+            self._pool = ProcessPoolExecutor(self.workers, spawn, initializer=_adopt, initargs=adopted)
+        else:
+            barrier = threading.Barrier(self.workers)
+            self._pool = ThreadPoolExecutor(self.workers, initializer=_adopt, initargs=(barrier, bundle, self.images))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def measure(self, seconds: float, warm_up_s: float = WARM_UP_S) -> float:
+        """Return images per second, counted for so many seconds; blocks.
+
+        Raises:
+            BadImageError, TooLargeError: an image cannot be decoded.
+            BundleError: the graph cannot be loaded.
+        """
+        counts = [self._pool.submit(_count, seconds, warm_up_s) for _ in range(self.workers)]
+        return round(sum(count.result() for count in counts) / seconds, 2)
 
 
 def _within(images: Sequence[bytes], most_bytes: int) -> list[bytes]:
@@ -78,21 +105,23 @@ def _within(images: Sequence[bytes], most_bytes: int) -> list[bytes]:
 _here = threading.local()
 
 
-def _adopt(barrier: _Barrier) -> None:
-    _here.barrier = barrier
+def _adopt(barrier: _Barrier, bundle: Bundle, images: list[bytes]) -> None:
+    _here.barrier, _here.bundle, _here.images, _here.session = barrier, bundle, images, None
 
 
-def _count(bundle: Bundle, images: Sequence[bytes], seconds: float) -> int:
+def _count(seconds: float, warm_up_s: float) -> int:
     """Return how many images this worker classified in `seconds`, all workers starting together.
 
     The barrier also sees to it that every worker of the pool takes exactly one such task.
     """
-    session = ClassifierSession(bundle.model_path, "cpu", 1)
-    recipe = bundle.manifest.pixels
+    images, recipe = _here.images, _here.bundle.manifest.pixels
+    if _here.session is None:
+        _here.session = ClassifierSession(_here.bundle.model_path, "cpu", 1)
+    session = _here.session
     for image in images[:8]:
         session.classify(decode(image, recipe)[None])
     _here.barrier.wait(START_TIMEOUT_S)
-    begin = time.monotonic() + WARM_UP_S
+    begin = time.monotonic() + warm_up_s
     count = 0
     while True:
         for image in images:
