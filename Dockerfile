@@ -89,6 +89,17 @@ USER 10001:10001
 HEALTHCHECK NONE
 ENTRYPOINT ["convoy-train"]
 CMD ["--help"]
+ARG PYTHON_IMAGE
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+ARG CREATED=1970-01-01T00:00:00Z
+LABEL org.opencontainers.image.title="Convoy, training" \
+      org.opencontainers.image.description="Trains image classifiers, by one process or several, and writes what Convoy serves." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
 
 
 # From nothing: no shell, no package manager, only Python, what it needs, Convoy and models. Any uid may run it, and
