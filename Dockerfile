@@ -70,10 +70,12 @@ RUN python -m pip --python /opt/convoy/bin/python install --root /staged-train -
 
 
 # PyTorch looks for tools around it, so this image keeps the base's system, but not the tools that install: those serve
-# intruders, and are noise for a scanner. torchrun is beside convoy-train.
+# intruders, and are noise for a scanner. Deleted by hand, since Debian's pip does not uninstall itself. torchrun is beside
+# convoy-train.
 FROM ${PYTHON_IMAGE} AS train
-RUN python -m pip uninstall --yes --root-user-action=ignore pip && \
-    rm -rf "$(python -c 'import ensurepip; print(ensurepip.__path__[0])')"
+RUN rm -rf "$(python -c 'import ensurepip; print(ensurepip.__path__[0])')" \
+        "$(python -c 'import pip; print(pip.__path__[0])')"* \
+        "$(dirname "$(command -v pip)")"/pip*
 ENV PATH=/opt/convoy/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -87,6 +89,17 @@ USER 10001:10001
 HEALTHCHECK NONE
 ENTRYPOINT ["convoy-train"]
 CMD ["--help"]
+ARG PYTHON_IMAGE
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+ARG CREATED=1970-01-01T00:00:00Z
+LABEL org.opencontainers.image.title="Convoy, training" \
+      org.opencontainers.image.description="Trains image classifiers, by one process or several, and writes what Convoy serves." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
 
 
 # From nothing: no shell, no package manager, only Python, what it needs, Convoy and models. Any uid may run it, and

@@ -194,6 +194,18 @@ def test_who_runs_it_owns_nothing(dockerfile, stage):
     assert [text for text in dockerfile.find("COPY", stage) if "--chown" in text or "--chmod" in text] == []
 
 
+@pytest.mark.parametrize("stages", [("runtime", "cpu"), ("runtime", "gpu"), ("train",)])
+def test_labels_say_what_it_is_and_of_which_commit(dockerfile, stages):
+    texts = [text for stage in stages for text in dockerfile.find("LABEL", stage)]
+    labels = dict(re.findall(r'org\.opencontainers\.image\.([\w.]+)="([^"]+)"', " ".join(texts)))
+    assert labels.keys() == {"title", "description", "licenses", "base.name", "version", "revision", "created"}
+    # An argument is known from its line on, and in its own stage only.
+    given = [text.partition("=")[0] for text in dockerfile.find("ARG", stages[-1])]
+    for label, argument in {"version": "VERSION", "revision": "REVISION", "created": "CREATED"}.items():
+        assert labels[label] == f"${{{argument}}}"
+        assert argument in given
+
+
 def test_convoy_is_process_one_and_gets_the_signals(dockerfile):
     assert json.loads(dockerfile.find("ENTRYPOINT", "runtime")[0]) == ["convoy"]
     assert json.loads(dockerfile.find("CMD", "runtime")[0]) == ["serve"]
