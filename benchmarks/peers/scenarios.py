@@ -111,6 +111,7 @@ SCENARIOS = (
         model="imagenet",
         images=("web.jpg",),
         connections=16,
+        convoy=("--workers", "2"),
         peers=PHOTO,
         bar=1.2,
     ),
@@ -129,6 +130,7 @@ SCENARIOS = (
         model="imagenet",
         images=("phone.jpg",),
         connections=16,
+        convoy=("--workers", "2"),
         peers=PHONE,
         bar=3.0,
     ),
@@ -147,6 +149,7 @@ SCENARIOS = (
         model="imagenet",
         images=("small.jpg", "web.jpg", "web.png", "large.jpg"),
         connections=16,
+        convoy=("--workers", "2"),
         peers=PHOTO,
     ),
 )
