@@ -21,7 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,7 +31,6 @@ from app.families import Number
 from app.metrics import ModelMetrics
 from app.sessions import Session
 from app.tensors import Array
-from app.tracing import BatchMarks, Marks
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +57,33 @@ class Answer(Protocol):
 
     def set_exception(self, error: ConvoyError, /) -> None:
         """Take the error."""
+        ...
+
+
+class RunMarks(Protocol):
+    """What a batch notes in which a sampled request has rows."""
+
+    def end(
+        self,
+        started: float,
+        seconds: float,
+        *,
+        rows: int,
+        requests: int,
+        model: str,
+        version: str,
+        provider: str,
+        session: int,
+    ) -> None:
+        """Note that it has run; on the session's thread."""
+        ...
+
+
+class JobMarks(Protocol):
+    """What a job notes on its way."""
+
+    def take(self, batch: Any, taken_at: float, rows: int) -> RunMarks | None:
+        """Note that a session has taken some rows, and return the marks of their batch; under the line's lock."""
         ...
 
 
@@ -102,7 +128,7 @@ class Job:
         answer: Answer,
         urgency: int = DEFAULT_URGENCY,
         kind: Hashable = None,
-        marks: Marks | None = None,
+        marks: JobMarks | None = None,
     ) -> None:
         self.inputs = inputs
         self.rows = rows
@@ -156,7 +182,7 @@ class Batch:
     slices: list[Slice] = field(default_factory=list)
     rows: int = 0
     infer_s: float = 0.0
-    marks: BatchMarks | None = None
+    marks: RunMarks | None = None
 
     def add(self, job: Job, rows: int) -> None:
         """Take the next `rows` rows of `job`."""
@@ -319,6 +345,65 @@ class Line:
             self.rows -= job.waiting_rows
 
 
+class Runs(Protocol):
+    """What runs the rows of one model: sessions of this process, or of others."""
+
+    parallel: int
+    """How many batches run at the same time."""
+
+    def submit(
+        self,
+        inputs: tuple[Array, ...],
+        rows: int,
+        deadline: float,
+        urgency: int = DEFAULT_URGENCY,
+        kind: Hashable = None,
+        answer: Answer | None = None,
+        marks: JobMarks | None = None,
+    ) -> Job:
+        """Put rows in line, to be batched with whatever else of their kind waits. Call on the event loop.
+
+        Args:
+            inputs: one array per input of the graph, each `[rows, …]`.
+            rows: how many; more than `max_batch` run as several batches.
+            deadline: clock time after which the rows are not run any more, seconds.
+            urgency: 0 (first) to 7 (last).
+            kind: equal for rows that one run can take together; a request that must run alone, in shapes of its own,
+                is one row of a kind that no other has.
+            answer: who waits; None: a future, for a task to await.
+            marks: of a sampled request.
+
+        Returns:
+            The job; await its `answer` (one array per output, or InferenceError), and abandon it if you give up.
+
+        Raises:
+            UnavailableError: it is closed.
+        """
+        ...
+
+    def abandon(self, job: Job) -> None:
+        """Forget the rows of a job that no session has taken yet; harmless when it is done."""
+        ...
+
+    @property
+    def is_up(self) -> bool:
+        """Whether there is somebody to run rows now."""
+        ...
+
+    @property
+    def running_since(self) -> float:
+        """When the longest run that a session of this process is in began, clock time; 0: none runs."""
+        ...
+
+    def show(self) -> int:
+        """Show how long the first that waits has waited, and return how many sessions this process has."""
+        ...
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Finish what waits and stop; blocks, at most `timeout_s`."""
+        ...
+
+
 class Batcher:
     """The sessions of one model, each with its thread, fed from one line."""
 
@@ -357,26 +442,9 @@ class Batcher:
         urgency: int = DEFAULT_URGENCY,
         kind: Hashable = None,
         answer: Answer | None = None,
-        marks: Marks | None = None,
+        marks: JobMarks | None = None,
     ) -> Job:
-        """Put rows in line, to be batched with whatever else of their kind waits. Call on the event loop.
-
-        Args:
-            inputs: one array per input of the graph, each `[rows, …]`.
-            rows: how many; more than `max_batch` run as several batches.
-            deadline: clock time after which the rows are not run any more, seconds.
-            urgency: 0 (first) to 7 (last).
-            kind: equal for rows that one run can take together; a request that must run alone, in shapes of its own,
-                is one row of a kind that no other has.
-            answer: who waits; None: a future, for a task to await.
-            marks: of a sampled request.
-
-        Returns:
-            The job; await its `answer` (one array per output, or InferenceError), and abandon it if you give up.
-
-        Raises:
-            UnavailableError: the batcher is closed.
-        """
+        """See `Runs.submit`."""
         if self._line.closed:
             raise UnavailableError("The model is being unloaded; try again.")
         answer = self._loop.create_future() if answer is None else answer
@@ -397,18 +465,24 @@ class Batcher:
                 job.answer.set_exception(error)
 
     def abandon(self, job: Job) -> None:
-        """Forget the rows of a job that no session has taken yet; harmless when it is done."""
+        """See `Runs.abandon`."""
         self._line.remove(job)
 
     @property
+    def is_up(self) -> bool:
+        """See `Runs.is_up`."""
+        return True
+
+    @property
     def running_since(self) -> float:
-        """When the longest run that a session is in began, clock time; 0: none runs."""
+        """See `Runs.running_since`."""
         return min(filter(None, self._running_since), default=0.0)
 
-    def show(self) -> None:
-        """Show how many sessions there are, and how long the first that waits has waited."""
+    def show(self) -> int:
+        """See `Runs.show`."""
         self._metrics.sessions.set(self.parallel)
         self._metrics.queue_age.set(self._line.oldest())
+        return self.parallel
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish what waits and stop the threads; blocks until they have ended, at most `timeout_s`.
@@ -442,7 +516,7 @@ class Batcher:
             # A thread that waits must not hold the last requests, and with them a model that has been replaced.
             del batch
 
-    def _end_marks(self, marks: BatchMarks, batch: Batch, started: float, session: Session, number: int) -> None:
+    def _end_marks(self, marks: RunMarks, batch: Batch, started: float, session: Session, number: int) -> None:
         marks.end(
             started,
             batch.infer_s,

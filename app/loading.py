@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from app.batchable import fit_of, sample, why_rows_run_alone
-from app.batcher import Batcher
+from app.batcher import Batcher, Runs
 from app.drift import Sampler
 from app.errors import BadRequestError, BundleError
 from app.golden import prove, prove_tensors
@@ -62,7 +62,7 @@ class LoadedModel:
     unbatched_why: str
     manifest: Manifest | None
     tensor_manifest: TensorManifest | None
-    batcher: Batcher
+    batcher: Runs
     metrics: ModelMetrics
     sampler: Sampler | None = None
 
@@ -131,11 +131,7 @@ class Loader:
             BundleError: it is incomplete, altered, or does not reproduce its golden answers.
             SettingsError: a setting makes every model impossible (a device that is not there).
         """
-        manifest = _manifest_in(directory)
-        if manifest is not None and self._renames:
-            manifest = manifest.model_copy(update={"name": name})
-        if manifest is not None and (manifest.name, manifest.version) != (name, version):
-            raise BundleError(f"{directory} holds the manifest of {manifest.name} version {manifest.version}.")
+        manifest = manifest_of(name, version, directory, self._renames)
         if isinstance(manifest, Manifest):
             return self._load_classifier(Bundle(directory, manifest), loop)
         return self._load_tensors(name, version, directory, manifest, loop)
@@ -228,6 +224,26 @@ class Loader:
         self, sessions: Sequence[Session], max_batch: int, loop: asyncio.AbstractEventLoop, metrics: ModelMetrics
     ) -> Batcher:
         return Batcher(sessions, max_batch=max_batch, linger_s=self._linger_s, loop=loop, metrics=metrics)
+
+
+def manifest_of(name: str, version: str, directory: Path, renames: bool) -> Manifest | TensorManifest | None:
+    """Return what a version's directory says of itself; None: there is a graph that nothing is said of.
+
+    Args:
+        name: what it must say that it is.
+        version: the same.
+        directory: where its files are.
+        renames: it is called `name`, whatever it says.
+
+    Raises:
+        BundleError: there is nothing, or it is another's.
+    """
+    manifest = _manifest_in(directory)
+    if manifest is not None and renames:
+        manifest = manifest.model_copy(update={"name": name})
+    if manifest is not None and (manifest.name, manifest.version) != (name, version):
+        raise BundleError(f"{directory} holds the manifest of {manifest.name} version {manifest.version}.")
+    return manifest
 
 
 def _manifest_in(directory: Path) -> Manifest | TensorManifest | None:

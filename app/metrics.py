@@ -67,6 +67,7 @@ class Metrics:
         pages: Sequence[Page] | None = None,
         common: Page | None = None,
         *,
+        engines: Sequence[Page] = (),
         slo_s: float = DEFAULT_SLO_S,
     ) -> None:
         """Declare every series.
@@ -75,11 +76,12 @@ class Metrics:
             page: where this process counts; None: a page of its own.
             pages: of the processes that serve, which `render` sums up; None: that page alone.
             common: the page in which the supervisor counts, if there is one.
+            engines: pages of the processes that run models for those.
             slo_s: the time within which an answer is a good one: a bucket of the histograms of time ends there.
         """
         self.page = page or private_page()
         self.pages = pages or [self.page]
-        self._counted = [*self.pages, *([common] if common else [])]
+        self._counted = [*self.pages, *engines, *([common] if common else [])]
         self.families: dict[str, AnyFamily] = {}
         self._declare_requests(tuple(sorted({*LATENCY_BUCKETS_S, slo_s})))
         self._declare_models()
@@ -93,9 +95,9 @@ class Metrics:
             GCCollector(registry=self.registry)
         else:
             PlatformCollector(registry=self.registry)
-            self.registry.register(_Processes(self.pages))
+            self.registry.register(_Processes([*self.pages, *engines]))
         self.registry.register(_Totals(self.families, self._counted))
-        self.registry.register(_States(self.pages))
+        self.registry.register(_States(self.pages, engines))
         self.registry.register(_Throttling())
 
     def _declare_requests(self, seconds: Sequence[float]) -> None:
@@ -398,19 +400,26 @@ def _exemplars_of(families: Mapping[str, AnyFamily]) -> dict[str, AnyFamily]:
 class _States(Collector):
     """What the processes say of themselves, by their pages."""
 
-    def __init__(self, pages: Sequence[Page]) -> None:
-        self._pages = pages
+    def __init__(self, pages: Sequence[Page], engines: Sequence[Page]) -> None:
+        self._pages, self._engines = pages, engines
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("convoy_ready", "Whether a process is there that wants traffic, as /readyz says.")
         ready.add_metric((), any(page.is_ready for page in self._pages))
         yield ready
-        workers = GaugeMetricFamily("convoy_workers", "Processes that serve, by state.", labels=("state",))
-        states = [page.state for page in self._pages if page.pid]
-        for state in WriterState:
-            if state is not WriterState.FREE:
-                workers.add_metric((state.name.lower(),), states.count(state))
-        yield workers
+        yield _by_state("convoy_workers", "Processes that serve, by state.", self._pages)
+        if self._engines:
+            what = "Processes that run models for those that serve, by state."
+            yield _by_state("convoy_engines", what, self._engines)
+
+
+def _by_state(name: str, help_text: str, pages: Sequence[Page]) -> Metric:
+    family = GaugeMetricFamily(name, help_text, labels=("state",))
+    states = [page.state for page in pages if page.pid]
+    for state in WriterState:
+        if state is not WriterState.FREE:
+            family.add_metric((state.name.lower(),), states.count(state))
+    return family
 
 
 class _Throttling(Collector):

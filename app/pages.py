@@ -302,16 +302,24 @@ def private_page() -> Page:
     return page
 
 
-def create_shared(count: int) -> int:
-    """Return a descriptor of memory for `count` pages, for `open_shared` here and in processes that inherit it."""
+def create_shared(count: int, engines: int = 0) -> int:
+    """Return a descriptor of memory for `count` pages of processes that answer, and some of processes that only run.
+
+    It is for `open_shared` and the others, here and in processes that inherit it.
+    """
     descriptor = os.memfd_create("convoy-pages")
-    os.ftruncate(descriptor, (count + 1) * PAGE_BYTES)
+    os.ftruncate(descriptor, (count + engines + 1) * PAGE_BYTES)
     return descriptor
 
 
-def open_shared(descriptor: int) -> Sequence[Page]:
-    """Return the pages behind a descriptor, one for each process."""
-    return _all_shared(descriptor)[:-1]
+def open_shared(descriptor: int, engines: int = 0) -> Sequence[Page]:
+    """Return the pages behind a descriptor, one for each process that answers."""
+    return _all_shared(descriptor)[: -1 - engines]
+
+
+def open_engines(descriptor: int, engines: int) -> Sequence[Page]:
+    """Return the pages behind a descriptor of the processes that only run, so many of them."""
+    return _all_shared(descriptor)[-1 - engines : -1]
 
 
 def open_common(descriptor: int) -> Page:

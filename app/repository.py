@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from app.batcher import Batcher
+from app.batcher import Runs
 from app.board import NO_WISH, Standing, Wish
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
 from app.loading import Load, LoadedModel
@@ -174,7 +174,7 @@ class _Retirement:
 
     name: str
     version: str
-    batcher: Batcher
+    batcher: Runs
     thread: threading.Thread
 
 
@@ -281,6 +281,8 @@ class Repository:
             state = State.UNLOADED if default is None else default.state
             what = {State.LOADING: "is loading", State.FAILED: "failed to load"}.get(state, "is unloaded")
             return f"The default model '{self.default}' {what}."
+        if default is not None and default.model is not None and not default.model.batcher.is_up:
+            return f"No engine has the default model '{self.default}' at the moment."
         failed = [entry.name for entry in entries.values() if entry.state is State.FAILED]
         if failed and (require_all or len(failed) == len(entries)):
             return f"Failed to load: {', '.join(failed)}."
@@ -341,13 +343,11 @@ class Repository:
         return {version.model.provider for version in self._versions() if version.model is not None}
 
     def show_queues(self) -> int:
-        """Show each model's sessions and how long the first in its line has waited; returns how many there are."""
+        """Show each model's sessions and how long the first in its line has waited; returns how many run here."""
         # Those that end first: where a version replaced another of its number, both show the same series.
         batchers = [retirement.batcher for retirement in list(self._retiring)]
         batchers += [version.model.batcher for version in self._versions() if version.model is not None]
-        for batcher in batchers:
-            batcher.show()
-        return sum(batcher.parallel for batcher in batchers)
+        return sum(batcher.show() for batcher in batchers)
 
     def close(self) -> None:
         """Let every batcher finish what it holds, and stop; blocks."""
@@ -512,7 +512,7 @@ class Repository:
         self._retiring.append(_Retirement(name, number, model.batcher, thread))
         thread.start()
 
-    def _end(self, model: weakref.ref[LoadedModel], batcher: Batcher) -> None:
+    def _end(self, model: weakref.ref[LoadedModel], batcher: Runs) -> None:
         """Wait until no request holds a model, and stop its sessions."""
         began, is_collected = time.monotonic(), False
         while model() is not None and time.monotonic() < began + self._patience_s:

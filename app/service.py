@@ -20,6 +20,9 @@ from app import logs, runtime
 from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
 from app.admission import Admission, Limits
 from app.board import Board
+from app.cluster import engine as cluster
+from app.cluster.front import Links
+from app.cluster.wire import Mailbox
 from app.cpus import share_of_cpus
 from app.engine import LocalEngine
 from app.errors import ConvoyError, SettingsError
@@ -32,7 +35,7 @@ from app.keys import Keyring
 from app.loading import LoadedModel, Loader
 from app.metrics import Metrics
 from app.operations import Operations
-from app.pages import Page, WriterState
+from app.pages import WriterState
 from app.probes import ProbePort, Probes
 from app.repository import Repository, State
 from app.settings import Settings
@@ -64,13 +67,20 @@ _CLOSE = (b"connection", b"close")
 class Service:
     """Everything that lives as long as the process: metrics, models, engine, and the application over them."""
 
-    def __init__(self, settings: Settings, metrics: Metrics | None = None, board: Board | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics | None = None,
+        board: Board | None = None,
+        mailbox: socket.socket | None = None,
+    ) -> None:
         """Build everything; nothing runs yet.
 
         Args:
             settings: this process's settings.
             metrics: where it counts, and its page; None: by itself.
             board: where all workers read what operators ask for; None: there is but this one.
+            mailbox: through which this process meets engines, which then have the sessions.
 
         Raises:
             SettingsError: the models directory is missing or empty, or key file or certificate are broken.
@@ -82,7 +92,7 @@ class Service:
         self.cpus = share_of_cpus(settings.workers)
         self.draining = False
         self.fault: SettingsError | None = None
-        self.metrics = metrics or metrics_for(settings)
+        self.metrics = metrics or Metrics(slo_s=settings.slo_ms / 1000)
         self.metrics.promise(settings.slo_ms / 1000)
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show, settings.stuck_s)
@@ -91,16 +101,9 @@ class Service:
         self.tracer = _tracer_of(settings, self.page.number)
         self._journal = Journal(self.metrics, settings.access_log, settings.access_log_ratio, self.tracer)
         self._shown: object = None
-        self._loader = Loader(
-            self.metrics,
-            device=settings.device,
-            sessions=settings.sessions or self.cpus,
-            threads_per_session=settings.threads_per_session,
-            max_batch=settings.max_batch,
-            linger_s=settings.linger_ms / 1000,
-            engines=Engines(settings.max_batch, settings.tensorrt_cache, settings.tensorrt_fp16),
-            renames=bool(settings.model_name),
-        )
+        self._mailbox = mailbox
+        self._links = Links(self.metrics, renames=bool(settings.model_name)) if settings.engines else None
+        self._loader = self._links or loader_of(settings, self.metrics, self.cpus)
         board = board or Board()
         # Models may have come and gone since the service started: what held then is not asked of a later worker.
         is_first = board.read().default is None
@@ -193,6 +196,8 @@ class Service:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Load models beside the running server, so that probes are answered meanwhile; at the end stop everything."""
         self._loop = asyncio.get_running_loop()
+        if self._links is not None and self._mailbox is not None:
+            Mailbox(self._mailbox, self._links.meet)
         if self.tracer is not None:
             self.tracer.start()
         loader = threading.Thread(target=self._load, name="loader", daemon=True)
@@ -208,6 +213,8 @@ class Service:
                 await self.grpc.cut_off()
                 return
         await asyncio.to_thread(self.repository.close)
+        if self._links is not None:
+            self._links.close()
         self.engine.close()
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
@@ -253,6 +260,20 @@ class Service:
 
     def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
         return self._loader.load(name, version, directory, self._loop)
+
+
+def loader_of(settings: Settings, metrics: Metrics, cpus: int) -> Loader:
+    """Return what opens models in this process, with sessions for so many processors."""
+    return Loader(
+        metrics,
+        device=settings.device,
+        sessions=settings.sessions or cpus,
+        threads_per_session=settings.threads_per_session,
+        max_batch=settings.max_batch,
+        linger_s=settings.linger_ms / 1000,
+        engines=Engines(settings.max_batch, settings.tensorrt_cache, settings.tensorrt_fp16),
+        renames=bool(settings.model_name),
+    )
 
 
 def _tracer_of(settings: Settings, worker: int) -> Tracer | None:
@@ -500,38 +521,55 @@ def serve(settings: Settings) -> None:
         raise service.fault
 
 
-def metrics_for(
-    settings: Settings, page: Page | None = None, pages: Sequence[Page] | None = None, common: Page | None = None
-) -> Metrics:
-    """Return the series as the settings want them; see `Metrics` for the pages."""
-    return Metrics(page, pages, common, slo_s=settings.slo_ms / 1000)
-
-
 def share(
     settings: Settings,
     listener: socket.socket,
-    page: Page,
-    pages: Sequence[Page],
-    common: Page,
+    metrics: Metrics,
     board: Board,
     lifeline: int,
+    mailbox: socket.socket,
 ) -> None:
     """Serve as one of several workers until a signal, or until the supervisor is gone; blocks.
 
     Args:
         settings: the worker's own: its share of the service's.
         listener: the listening socket, which all workers have.
-        page: the worker's page.
-        pages: the pages of all.
-        common: the page that is nobody's, in which the supervisor counts.
+        metrics: the worker's, over the pages of all.
         board: where all read what operators ask for.
         lifeline: a pipe's end that is closed when the supervisor is gone.
+        mailbox: through which it meets engines, if there are any.
 
     Raises:
         SettingsError: no models, or no such device.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
-    service = Service(settings, metrics_for(settings, page, pages, common), board)
+    service = Service(settings, metrics, board, mailbox)
     SharingServer(service, listener, lifeline).run(sockets=[])
     if service.fault is not None:
         raise service.fault
+
+
+def run_models(settings: Settings, metrics: Metrics, lifeline: int, mailbox: socket.socket) -> None:
+    """Run models for the workers until SIGTERM, or until the supervisor is gone; blocks.
+
+    Args:
+        settings: the service's.
+        metrics: this engine's.
+        lifeline: a pipe's end that is closed when the supervisor is gone.
+        mailbox: through which it meets workers.
+
+    Raises:
+        RuntimeMissingError: there is no usable ONNX Runtime.
+    """
+    runtime.check_wheels(runtime.installed_wheels())
+    loader = loader_of(settings, metrics, share_of_cpus(settings.engines))
+    asyncio.run(
+        cluster.serve(
+            metrics,
+            loader.load,
+            mailbox,
+            lifeline,
+            device=settings.device,
+            threads_per_session=settings.threads_per_session,
+        )
+    )

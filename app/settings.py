@@ -53,6 +53,12 @@ class Settings(BaseModel):
         le=64,
         description="Processes that share the port, each with sessions of its own; 0: one per usable CPU.",
     )
+    engines: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Processes that own the sessions, one per GPU, fed by all workers; 0: each worker has its own.",
+    )
     keys: str = Field(
         default="", description="File of API keys (convoy key); without one, everything but load and unload is open."
     )

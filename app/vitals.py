@@ -4,35 +4,47 @@ Measures for whoever watches; nothing here decides anything. Knows nothing of re
 """
 
 import asyncio
+from typing import Protocol
 
 from app import __version__
 from app.cpus import cpu_limit
 from app.gpu import GpuWatch
 from app.metrics import Metrics
-from app.repository import Repository
 from app.runtime import installed_wheels
 from app.sessions import Device
 
 STEP_S = 0.1
 
 
+class RunsModels(Protocol):
+    """What models run in this process: a repository, or an engine."""
+
+    def show_queues(self) -> int:
+        """Show each model's line and sessions; returns how many sessions run here."""
+        ...
+
+    def providers(self) -> set[str]:
+        """Return where models run: `cpu`, `cuda`, `tensorrt`."""
+        ...
+
+
 class Vitals:
     """Shows what is true from the start, and goes on measuring on the event loop from `start` to `close`."""
 
     def __init__(
-        self, metrics: Metrics, repository: Repository, *, device: Device, decode_threads: int, threads_per_session: int
+        self, metrics: Metrics, models: RunsModels, *, device: Device, decode_threads: int, threads_per_session: int
     ) -> None:
         """Show what is running, and where it should run.
 
         Args:
             metrics: this process's.
-            repository: whose sessions run here.
+            models: whose sessions run here.
             device: the setting.
             decode_threads: threads that decode.
             threads_per_session: threads inside each session.
         """
         self._metrics = metrics
-        self._repository = repository
+        self._models = models
         self._threads_per_session = threads_per_session
         self._gpus: GpuWatch | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -49,9 +61,9 @@ class Vitals:
 
     def show(self) -> None:
         """Bring up to date what changes with the models."""
-        running = self._repository.show_queues()
+        running = self._models.show_queues()
         self._sessions.set(running * self._threads_per_session)
-        if self._gpus is None and not self._repository.providers() <= {"cpu"}:
+        if self._gpus is None and running and not self._models.providers() <= {"cpu"}:
             self._gpus = GpuWatch(self._metrics)
             self._gpus.start()
 

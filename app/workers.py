@@ -1,4 +1,4 @@
-"""Workers: several processes on one listening socket, watched by one that does nothing else.
+"""Workers: several processes on one listening socket, and engines behind them, watched by one that does nothing else.
 
 The supervisor binds the port, makes the pages, and starts each worker as a fresh interpreter that inherits both by
 descriptor; it loads neither ONNX Runtime nor FastAPI. A worker that dies is replaced, one that hangs is killed first.
@@ -8,7 +8,8 @@ descriptor; it loads neither ONNX Runtime nor FastAPI. A worker that dies is rep
     SIGUSR1, SIGUSR2  every process logs more, or less, by one level
 
 A worker's standard input is its lifeline: the supervisor writes the settings into it and then holds it open for as long
-as it lives. Knows processes and pages; nothing of requests or models.
+as it lives. With engines (`app/cluster/`), which start first and end last, it introduces each worker to each of them,
+through a mailbox that each process has. Knows processes and pages; nothing of requests or models.
 """
 
 import asyncio
@@ -20,16 +21,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from app import logs
 from app.accept import listen, listen_for_probes, reserve_for_grpc, url_of
 from app.board import Board
+from app.cluster.wire import introduce
 from app.cpus import usable_cpus
 from app.errors import ConvoyError, SettingsError
 from app.metrics import CAUSES, Metrics
-from app.pages import Page, WriterState, create_shared, open_common, open_shared
+from app.pages import Page, WriterState, create_shared, open_common, open_engines, open_shared
 from app.probes import ProbePort, Probes, is_stuck
 from app.settings import Settings
 
@@ -48,26 +51,27 @@ ALL_WORKERS = ""
 """In place of a model's name, in the series of reloads."""
 
 # The child finds this package where the parent found it, whatever its own directory holds.
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from app.workers import work; work(*map(int, sys.argv[2:]))"
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from app import workers; workers.{}(*map(int, sys.argv[2:]))"
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 def serve(settings: Settings) -> None:
     """Serve until a signal, with as many processes as the settings say; blocks.
 
     Raises:
-        SettingsError: no models, no port, no such device, or more than one worker on a system that cannot share memory.
+        SettingsError: no models, no port, no such device, or several processes on a system that cannot share memory.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
     if not (settings.keys or settings.is_private()):
         log.warning("whoever reaches this address may ask: no keys are set", extra={"host": settings.host})
     count = settings.workers or usable_cpus()
-    if count == 1:
+    if count == 1 and not settings.engines:
         from app import service
 
         service.serve(settings)
         return
     if not hasattr(os, "memfd_create"):
-        raise SettingsError("More than one worker needs Linux: set --workers 1 or CONVOY_WORKERS=1.")
+        raise SettingsError("More than one process needs Linux: set --workers 1 or CONVOY_WORKERS=1, and no engines.")
     with listen(settings.host, settings.port) as listener, reserve_for_grpc(settings):
         Supervisor(settings, count, listener, listen_for_probes(settings)).run()
 
@@ -99,15 +103,45 @@ def _shared_limit(part: str, workers: int) -> str:
 class Worker:
     """One process, as the supervisor sees it."""
 
-    def __init__(self, page: Page, command: list[str], settings: Settings, descriptors: list[int]) -> None:
+    kind = "worker"
+
+    def __init__(
+        self,
+        page: Page,
+        command: list[str],
+        settings: Settings,
+        descriptors: list[int],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start it.
+
+        Args:
+            page: its.
+            command: what it runs; the descriptor of its mailbox is added.
+            settings: its.
+            descriptors: what it inherits.
+            environment: what it has besides this process's.
 
         Raises:
             OSError: there is no process to be had.
         """
         self.page = page
+        self.mailbox, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.mailbox.setblocking(False)  # who reads none of it must not hold up the supervisor
         # A process group of its own: Ctrl-C in a terminal goes to the supervisor alone, which passes it on once.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=descriptors, process_group=0)
+        try:
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                pass_fds=[*descriptors, theirs.fileno()],
+                process_group=0,
+                env={**os.environ, **(environment or {})},
+            )
+        except OSError:
+            self.mailbox.close()
+            raise
+        finally:
+            theirs.close()
         page.take_over(self.process.pid)
         self.started = time.monotonic()
         self.ended = asyncio.Event()
@@ -147,6 +181,7 @@ class Worker:
         self.status = self.process.returncode
         self.reason = self.page.note.get("reason", "")
         self.page.release()
+        self.mailbox.close()
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.ended.set()
@@ -174,27 +209,38 @@ class Worker:
         return self._silent_ticks * TICK_S > HANGS_S or is_stuck(self.page.run_s, self._stuck_s)
 
 
+class EngineWorker(Worker):
+    """A process that runs models for the workers."""
+
+    kind = "engine"
+
+
 class Place:
     """Where one worker belongs: whoever fills it is replaced when it dies."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, start: Callable[[], Worker]) -> None:
+        """Fill it; `start` starts a worker for this place."""
+        self.start = start
+        self.worker = start()
 
 
 class Supervisor:
-    """Starts workers, keeps them running, replaces them, and ends them."""
+    """Starts workers and engines, keeps them running, replaces them, and ends them."""
 
     def __init__(self, settings: Settings, count: int, listener: socket.socket, probes: socket.socket | None) -> None:
         self._settings = settings
         self._count = count
         self._listener = listener
-        self._memory = create_shared(count + 1)  # one more: during a reload old and new are side by side
-        self._pages = open_shared(self._memory)
+        engines = settings.engines
+        self._memory = create_shared(count + 1, engines)  # one more: during a reload old and new are side by side
+        self._pages = open_shared(self._memory, engines)
+        self._engine_pages = open_engines(self._memory, engines)
         self._free = list(self._pages)
         self._workers: list[Worker] = []
+        """All that run, engines among them."""
         # On the board's page, of which the board needs the note alone.
         common = open_common(self._memory)
-        self._metrics = Metrics(common, self._pages, common, slo_s=settings.slo_ms / 1000)
+        self._metrics = Metrics(common, self._pages, common, engines=self._engine_pages, slo_s=settings.slo_ms / 1000)
         for cause in CAUSES:
             self._metrics.worker_exits.labels(cause).inc(0)
         self._probe_port = ProbePort(Probes(self._metrics), probes)
@@ -228,9 +274,10 @@ class Supervisor:
         async with self._probe_port:
             url = url_of(self._listener, secure=bool(self._settings.tls_certificate))
             log.info("listening", extra={"url": url, "workers": self._count})
-            places = [Place(self._start()) for _ in range(self._count)]
+            engines = [Place(partial(self._start_engine, page)) for page in self._engine_pages]
+            places = [Place(self._start) for _ in range(self._count)]
             works: list[Coroutine[None, None, object]] = [
-                *map(self._keep, places),
+                *map(self._keep, [*engines, *places]),
                 self._watch(),
                 self._reload_on_demand(places),
             ]
@@ -246,24 +293,40 @@ class Supervisor:
     def _start(self) -> Worker:
         """Start a worker on the first free page."""
         page = self._free.pop(0)
-        root = str(Path(__file__).parents[1])
         descriptors = [self._listener.fileno(), self._memory]
-        command = [sys.executable, "-P", "-c", _BOOT, root, str(page.number), *map(str, descriptors)]
+        settings = share_of(self._settings, self._count)
         try:
-            worker = Worker(page, command, share_of(self._settings, self._count), descriptors)
+            worker = Worker(page, _command("work", page, descriptors), settings, descriptors)
         except OSError:
             self._free.append(page)
             raise
-        self._workers.append(worker)
-        log.info("worker started", extra={"worker": worker.number, "pid": worker.process.pid})
+        self._welcome(worker)
         return worker
+
+    def _start_engine(self, page: Page) -> Worker:
+        """Start an engine on its page, with the GPU that is its own where there are several engines."""
+        place = page.number - self._engine_pages[0].number
+        environment = gpu_of(place, len(self._engine_pages), os.environ)
+        command = _command("run_engine", page, [self._memory])
+        engine = EngineWorker(page, command, self._settings, [self._memory], environment)
+        self._welcome(engine)
+        return engine
+
+    def _welcome(self, new: Worker) -> None:
+        """Note a process that has started, and introduce it to those that it works with."""
+        for other in self._workers:
+            if other.kind != new.kind:
+                introduce((new.mailbox, new.number), (other.mailbox, other.number))
+        self._workers.append(new)
+        log.info(f"{new.kind} started", extra={new.kind: new.number, "pid": new.process.pid})
 
     def _reap(self) -> None:
         """Note which workers have ended."""
         for worker in [worker for worker in self._workers if worker.reap()]:
             self._workers.remove(worker)
-            self._free.append(worker.page)
-            self._free.sort(key=lambda page: page.number)
+            if worker.kind == "worker":
+                self._free.append(worker.page)
+                self._free.sort(key=lambda page: page.number)
 
     def _change_log_level(self, steps: int) -> None:
         """Log more or less, in every process, and in those that are yet to start."""
@@ -281,11 +344,15 @@ class Supervisor:
         while True:
             await asyncio.sleep(TICK_S)
             for worker in self._workers:
-                self._was_ready = self._was_ready or worker.page.state is WriterState.READY
+                ready = worker.kind == "worker" and worker.page.state is WriterState.READY
+                self._was_ready = self._was_ready or ready
                 worker.log_at(self._settings.log_level)
                 if worker.hangs():
                     worker.hung = True
-                    log.error("worker hangs: killing it", extra={"worker": worker.number, "pid": worker.process.pid})
+                    log.error(
+                        f"{worker.kind} hangs: killing it",
+                        extra={worker.kind: worker.number, "pid": worker.process.pid},
+                    )
                     worker.signal(signal.SIGKILL)
 
     async def _keep(self, place: Place) -> None:
@@ -307,9 +374,9 @@ class Supervisor:
             pause = min(2 * pause, LAST_PAUSE_S) if young else FIRST_PAUSE_S
             self._metrics.worker_exits.labels("hung" if worker.hung else "died").inc()
             log.error(
-                "worker died",
+                f"{worker.kind} died",
                 extra={
-                    "worker": worker.number,
+                    worker.kind: worker.number,
                     "pid": worker.process.pid,
                     "cause": _cause(worker.status),
                     "lived_s": round(worker.age_s, 1),
@@ -326,10 +393,10 @@ class Supervisor:
             if place.worker is not dead or self._stopping.is_set():
                 return
             try:
-                place.worker = self._start()
+                place.worker = place.start()
                 return
             except OSError as error:
-                log.error("no worker could be started", extra={"reason": str(error), "again_in_s": LAST_PAUSE_S})
+                log.error(f"no {dead.kind} could be started", extra={"reason": str(error), "again_in_s": LAST_PAUSE_S})
                 wait_s = LAST_PAUSE_S
 
     async def _reload_on_demand(self, places: list[Place]) -> None:
@@ -368,9 +435,10 @@ class Supervisor:
         return False
 
     async def _drain(self) -> None:
-        """End every worker; their connections are refused from now on."""
+        """End every worker, and then the engines; their connections are refused from now on."""
         self._listener.close()
-        await asyncio.gather(*map(self._end, self._workers))
+        for kind in ("worker", "engine"):
+            await asyncio.gather(*[self._end(worker) for worker in self._workers if worker.kind == kind])
 
     async def _end(self, worker: Worker) -> None:
         """Let a worker drain and end; kill it where it takes too long."""
@@ -378,18 +446,41 @@ class Supervisor:
         try:
             await asyncio.wait_for(worker.ended.wait(), self._settings.drain_timeout_s + CUT_OFF_S)
         except TimeoutError:
-            log.error("worker does not end: killing it", extra={"worker": worker.number, "pid": worker.process.pid})
+            log.error(
+                f"{worker.kind} does not end: killing it", extra={worker.kind: worker.number, "pid": worker.process.pid}
+            )
             worker.signal(signal.SIGKILL)
             await worker.ended.wait()
 
 
-def work(number: int, listener: int, memory: int) -> None:
+def gpu_of(place: int, engines: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what shows an engine the GPU that is its own: one each, in the order of those that may be used.
+
+    Args:
+        place: which engine, from 0.
+        engines: how many there are; a single one sees all GPUs, and takes the first.
+        environment: says which GPUs may be used, if not all: `CUDA_VISIBLE_DEVICES`.
+    """
+    if engines == 1:
+        return {}
+    visible = [word for word in environment.get(VISIBLE_GPUS, "").split(",") if word.strip()]
+    return {VISIBLE_GPUS: visible[place % len(visible)].strip() if visible else str(place)}
+
+
+def _command(what: str, page: Page, descriptors: Sequence[int]) -> list[str]:
+    """Return the command of a process that runs a function of this module."""
+    root = str(Path(__file__).parents[1])
+    return [sys.executable, "-P", "-c", _BOOT.format(what), root, *map(str, (page.number, *descriptors))]
+
+
+def work(number: int, listener: int, memory: int, mailbox: int) -> None:
     """Be one worker: read settings from standard input, serve, and end the process.
 
     Args:
         number: the worker's, and its page's.
         listener: descriptor of the listening socket.
         memory: descriptor of the pages.
+        mailbox: descriptor of the socket through which it is introduced to engines.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The supervisor's way to cut off: only the server heeds it, and not what comes after.
@@ -397,15 +488,52 @@ def work(number: int, listener: int, memory: int) -> None:
     lifeline = sys.stdin.fileno()
     settings = Settings.model_validate_json(_first_line(lifeline))
     logs.configure(settings.log_format, settings.log_level, worker=number)
-    pages = open_shared(memory)
-    page = pages[number - 1]
-    common = open_common(memory)
-    board = Board(common, memory)
-    status = 0
-    try:
+    metrics = _metrics_of(settings, memory, number)
+    board = Board(open_common(memory), memory)
+
+    def serve_alone() -> None:
         from app import service
 
-        service.share(settings, socket.socket(fileno=listener), page, pages, common, board, lifeline)
+        service.share(settings, socket.socket(fileno=listener), metrics, board, lifeline, socket.socket(fileno=mailbox))
+
+    _be(serve_alone, metrics.page)
+
+
+def run_engine(number: int, memory: int, mailbox: int) -> None:
+    """Be one engine: read settings from standard input, run models for the workers, and end the process.
+
+    Args:
+        number: the engine's, and its page's.
+        memory: descriptor of the pages.
+        mailbox: descriptor of the socket through which it is introduced to workers.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifeline = sys.stdin.fileno()
+    settings = Settings.model_validate_json(_first_line(lifeline))
+    logs.configure(settings.log_format, settings.log_level, engine=number)
+    metrics = _metrics_of(settings, memory, number)
+
+    def run() -> None:
+        from app import service
+
+        service.run_models(settings, metrics, lifeline, socket.socket(fileno=mailbox))
+
+    _be(run, metrics.page)
+
+
+def _metrics_of(settings: Settings, memory: int, number: int) -> Metrics:
+    """Return where a process counts."""
+    pages, engines = open_shared(memory, settings.engines), open_engines(memory, settings.engines)
+    page = [*pages, *engines][number - 1]
+    return Metrics(page, pages, open_common(memory), engines=engines, slo_s=settings.slo_ms / 1000)
+
+
+def _be(what: Callable[[], None], page: Page) -> None:
+    """Do what this process is there for, and end it; a fault that the user can mend is told in its page."""
+    status = 0
+    try:
+        what()
     except ConvoyError as fault:
         page.tell(WriterState.FAILED, {"reason": fault.message})
         status = EXIT_FAULT

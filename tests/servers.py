@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 
 START_TIMEOUT_S = 30
+ENGINES = {"engines": number} if (number := os.environ.get("TEST_WITH_ENGINES")) else {}
+"""Settings of every service that does not say otherwise: the tests of one way to run models are those of the other."""
 
 
 class ConvoyProcess:
@@ -22,7 +24,7 @@ class ConvoyProcess:
     def __init__(self, models: Path, log: Path, *, verify: ssl.SSLContext | bool = True, **settings: object) -> None:
         self._log = log
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CONVOY_")}
-        environment |= {f"CONVOY_{name.upper()}": str(value) for name, value in settings.items()}
+        environment |= {f"CONVOY_{name.upper()}": str(value) for name, value in (ENGINES | settings).items()}
         command = [sys.executable, "-m", "app.cli", "serve", "--models", str(models), "--port", "0"]
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(

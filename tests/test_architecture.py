@@ -47,7 +47,8 @@ FLOORS = {
     "app.families": 1,
     "app.gpu": 3,
     "app.metrics": 2,
-    "app.vitals": 7,
+    "app.vitals": 6,
+    "app.cluster": 8,
     "app.pages": 0,
     "app.runtime": 1,
     "app.scores": 1,
@@ -64,7 +65,7 @@ FLOORS = {
     "app.watch": 0,
     "app": 0,
 }
-PACKAGES = ("app.bench", "app.grpc", "app.http", "app.v2")
+PACKAGES = ("app.bench", "app.cluster", "app.grpc", "app.http", "app.v2")
 TRAINING_MAY_IMPORT = {
     "app",
     "app.cpus",

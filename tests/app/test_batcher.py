@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.batcher import Batcher, Job, Line
+from app.batcher import Batcher, Job, Line, Runs
 from app.errors import InferenceError, UnavailableError
 from app.metrics import Metrics
+from tests.app.engines import EngineHere, no_socket_is_left  # noqa: F401
 
 FOREVER = float("inf")
 
@@ -41,17 +42,32 @@ def rows(*values: int) -> np.ndarray:
     return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), 2, 2, 3))
 
 
-def batcher_over(*sessions, max_batch=4, linger_s=0.0) -> Batcher:
-    return Batcher(
-        sessions,
-        max_batch=max_batch,
-        linger_s=linger_s,
-        loop=asyncio.get_running_loop(),
-        metrics=Metrics().for_model("m", "1"),
-    )
+@pytest.fixture(params=["here", "in an engine"])
+def over(request, tmp_path):
+    """Returns what runs rows over some sessions: the batcher itself, or through an engine that has it."""
+
+    async def build(*sessions, max_batch=4, linger_s=0.0):
+        batcher = Batcher(
+            sessions,
+            max_batch=max_batch,
+            linger_s=linger_s,
+            loop=asyncio.get_running_loop(),
+            metrics=Metrics().for_model("m", "1"),
+        )
+        if request.param == "here":
+            return batcher
+        runs = (await EngineHere(tmp_path, batcher, max_batch).opened()).batcher
+        runs._line = batcher._line
+        return runs
+
+    return build
 
 
-async def answer(batcher: Batcher, *values: int, deadline: float = FOREVER) -> list[int]:
+async def close(runs, **options) -> None:
+    await asyncio.to_thread(runs.close, **options)
+
+
+async def answer(batcher: Runs, *values: int, deadline: float = FOREVER) -> list[int]:
     job = batcher.submit((rows(*values),), len(values), deadline)
     try:
         return (await job.answer)[0][:, 0].astype(int).tolist()
@@ -67,33 +83,33 @@ async def until(condition) -> None:
     raise AssertionError("it never became true")
 
 
-async def fill(session: EchoSession, batcher: Batcher) -> asyncio.Task:
+async def fill(session: EchoSession, batcher: Runs) -> asyncio.Task:
     """Occupy a held session with one row of value 200, so that all else waits in line."""
     blocker = asyncio.create_task(answer(batcher, 200))
     await until(session.entered.is_set)
     return blocker
 
 
-def test_waiting_jobs_share_a_batch_and_each_gets_its_own_rows():
+def test_waiting_jobs_share_a_batch_and_each_gets_its_own_rows(over):
     async def scenario():
         session = EchoSession(held=True)
-        batcher = batcher_over(session, max_batch=4)
+        batcher = await over(session, max_batch=4)
         blocker = await fill(session, batcher)
         jobs = [asyncio.create_task(answer(batcher, value)) for value in range(1, 7)]
         await until(lambda: batcher._line.rows == 6)
         session.gate.set()
         assert await asyncio.gather(*jobs) == [[value] for value in range(1, 7)]
         assert await blocker == [200]
-        batcher.close()
+        await close(batcher)
         assert session.batches == [[200], [1, 2, 3, 4], [5, 6]]
 
     asyncio.run(scenario())
 
 
-def test_a_large_request_is_split_and_joined_and_shares_its_last_batch():
+def test_a_large_request_is_split_and_joined_and_shares_its_last_batch(over):
     async def scenario():
         session = EchoSession(held=True)
-        batcher = batcher_over(session, max_batch=4)
+        batcher = await over(session, max_batch=4)
         await fill(session, batcher)
         large = asyncio.create_task(answer(batcher, *range(10)))
         await asyncio.sleep(0)
@@ -102,16 +118,16 @@ def test_a_large_request_is_split_and_joined_and_shares_its_last_batch():
         session.gate.set()
         assert await large == list(range(10))
         assert await small == [77]
-        batcher.close()
+        await close(batcher)
         assert session.batches[1:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 77]]
 
     asyncio.run(scenario())
 
 
-def test_a_failing_request_does_not_harm_its_neighbours():
+def test_a_failing_request_does_not_harm_its_neighbours(over):
     async def scenario():
         session = EchoSession(fail_on=3, held=True)
-        batcher = batcher_over(session, max_batch=8)
+        batcher = await over(session, max_batch=8)
         await fill(session, batcher)
         jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 3, 5)]
         await until(lambda: batcher._line.rows == 3)
@@ -120,15 +136,15 @@ def test_a_failing_request_does_not_harm_its_neighbours():
         assert (good, other) == ([1], [5])
         assert isinstance(cursed, InferenceError) and "row 3 is cursed" in cursed.message
         assert await answer(batcher, 9) == [9]
-        batcher.close()
+        await close(batcher)
 
     asyncio.run(scenario())
 
 
-def test_an_abandoned_job_is_not_run_and_its_neighbours_are():
+def test_an_abandoned_job_is_not_run_and_its_neighbours_are(over):
     async def scenario():
         session = EchoSession(held=True)
-        batcher = batcher_over(session)
+        batcher = await over(session)
         await fill(session, batcher)
         jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 2, 3)]
         await until(lambda: batcher._line.rows == 3)
@@ -137,16 +153,16 @@ def test_an_abandoned_job_is_not_run_and_its_neighbours_are():
         session.gate.set()
         assert await jobs[0] == [1]
         assert await jobs[2] == [3]
-        batcher.close()
+        await close(batcher)
         assert session.batches == [[200], [1, 3]]
 
     asyncio.run(scenario())
 
 
-def test_a_job_cancelled_while_it_runs_leaves_the_batch_whole():
+def test_a_job_cancelled_while_it_runs_leaves_the_batch_whole(over):
     async def scenario():
         session = EchoSession(held=True)
-        batcher = batcher_over(session)
+        batcher = await over(session)
         running = await fill(session, batcher)
         running.cancel()
         next_job = asyncio.create_task(answer(batcher, 4))
@@ -155,35 +171,36 @@ def test_a_job_cancelled_while_it_runs_leaves_the_batch_whole():
         assert await next_job == [4]
         with pytest.raises(asyncio.CancelledError):
             await running
-        batcher.close()
+        await close(batcher)
 
     asyncio.run(scenario())
 
 
-def test_an_expired_job_is_not_run():
+def test_an_expired_job_is_not_run(over):
     async def scenario():
         session = EchoSession(held=True)
-        batcher = batcher_over(session)
+        batcher = await over(session)
         await fill(session, batcher)
-        batcher.submit((rows(1),), 1, time.monotonic() - 1)
+        expired = batcher.submit((rows(1),), 1, time.monotonic() - 1)
         alive = asyncio.create_task(answer(batcher, 2))
         await asyncio.sleep(0)
         session.gate.set()
         assert await alive == [2]
-        batcher.close()
+        batcher.abandon(expired)
+        await close(batcher)
         assert session.batches == [[200], [2]]
 
     asyncio.run(scenario())
 
 
-def test_closing_finishes_what_waits_and_refuses_what_comes():
+def test_closing_finishes_what_waits_and_refuses_what_comes(over):
     async def scenario():
         session = EchoSession(held=True)
-        batcher = batcher_over(session)
+        batcher = await over(session)
         await fill(session, batcher)
         waiting = asyncio.create_task(answer(batcher, 5))
         await until(lambda: batcher._line.rows == 1)
-        closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+        closing = asyncio.create_task(close(batcher))
         await asyncio.sleep(0.05)
         with pytest.raises(UnavailableError):
             batcher.submit((rows(6),), 1, FOREVER)
@@ -194,28 +211,28 @@ def test_closing_finishes_what_waits_and_refuses_what_comes():
     asyncio.run(scenario())
 
 
-def test_closing_does_not_wait_for_ever_for_a_stuck_session():
+def test_closing_does_not_wait_for_ever_for_a_stuck_session(over):
     async def scenario():
         session = EchoSession(held=True)
-        batcher = batcher_over(session)
+        batcher = await over(session)
         stuck = await fill(session, batcher)
-        batcher.close(timeout_s=0.05)
+        await close(batcher, timeout_s=0.05)
         session.gate.set()
         assert await stuck == [200]
 
     asyncio.run(scenario())
 
 
-def test_two_sessions_work_at_the_same_time():
+def test_two_sessions_work_at_the_same_time(over):
     async def scenario():
         first, second = EchoSession(held=True), EchoSession(held=True)
-        batcher = batcher_over(first, second, max_batch=1)
+        batcher = await over(first, second, max_batch=1)
         jobs = [asyncio.create_task(answer(batcher, value)) for value in (1, 2)]
         await until(lambda: first.entered.is_set() and second.entered.is_set())
         first.gate.set()
         second.gate.set()
         assert await asyncio.gather(*jobs) == [[1], [2]]
-        batcher.close()
+        await close(batcher)
 
     asyncio.run(scenario())
 
@@ -259,17 +276,17 @@ def test_a_job_that_expires_while_a_batch_is_formed_does_not_leave_it_empty(step
     assert line.take().rows == 2
 
 
-def test_sessions_share_slow_rows_and_leave_fast_ones_together():
+def test_sessions_share_slow_rows_and_leave_fast_ones_together(over):
     async def scenario(row_s: float) -> list[int]:
         sessions = [EchoSession(held=True), EchoSession(held=True)]
-        batcher = batcher_over(*sessions, max_batch=8)
+        batcher = await over(*sessions, max_batch=8)
         batcher._line.row_s = row_s
         job = asyncio.create_task(answer(batcher, *range(8)))
         await until(lambda: sum(session.entered.is_set() for session in sessions) == (2 if row_s > 0.001 else 1))
         for session in sessions:
             session.gate.set()
         assert await job == list(range(8))
-        batcher.close()
+        await close(batcher)
         return sorted(len(batch) for session in sessions for batch in session.batches)
 
     assert max(asyncio.run(scenario(row_s=0.01))) == 4
@@ -314,12 +331,12 @@ def test_rows_are_counted_and_taken_exactly_once(data):
         assert found == list(range(job.taken))
 
 
-def test_many_clients_with_cancellations_each_get_their_own_answer_once():
+def test_many_clients_with_cancellations_each_get_their_own_answer_once(over):
     """Real threads: 400 requests of random size over two sessions, a fifth of them cancelled at random moments."""
 
     async def scenario():
         rng = np.random.default_rng(5)
-        batcher = batcher_over(EchoSession(), EchoSession(), max_batch=7)
+        batcher = await over(EchoSession(), EchoSession(), max_batch=7)
 
         async def client(number: int) -> None:
             values = rng.integers(0, 256, rng.integers(1, 12)).tolist()
@@ -334,7 +351,7 @@ def test_many_clients_with_cancellations_each_get_their_own_answer_once():
                 assert number % 5 == 0
 
         await asyncio.gather(*(client(number) for number in range(400)))
-        assert batcher._line.rows == 0
-        batcher.close()
+        await until(lambda: batcher._line.rows == 0)
+        await close(batcher)
 
     asyncio.run(scenario())

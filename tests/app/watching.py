@@ -29,9 +29,9 @@ def probe_url(server: ConvoyProcess) -> str:
     return f"http://127.0.0.1:{port.decode()}"
 
 
-def worker_pids(server: ConvoyProcess) -> dict[int, int]:
-    """Return the process id of each running worker."""
-    started = {line["worker"]: line["pid"] for line in server.lines() if line["message"] == "worker started"}
+def worker_pids(server: ConvoyProcess, kind: str = "worker") -> dict[int, int]:
+    """Return the process id of each running worker, or engine."""
+    started = {line[kind]: line["pid"] for line in server.lines() if line["message"] == f"{kind} started"}
     return {number: pid for number, pid in started.items() if is_running(pid)}
 
 

@@ -1,0 +1,511 @@
+"""A front's side of its engines: which there are, what they have opened, and what is on its way to them.
+
+`RemoteBatcher` runs rows as the batcher does, but in an engine: it writes them into the slab of the engine that has the
+least to do, and what has failed there, or died with it, is told to whoever waits. An engine that is replaced is given
+the same models again. Knows nothing of HTTP, images or sessions.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from app.batcher import CLOSE_TIMEOUT_S, DEFAULT_URGENCY, Answer, Job, JobMarks, RunMarks
+from app.cluster.slab import Slab, SlabFullError, create_slab, packed_bytes, packed_bytes_of
+from app.cluster.wire import (
+    NUMBER,
+    REPLY,
+    REQUEST,
+    SHARE,
+    Kind,
+    Packets,
+    Reply,
+    Request,
+    Share,
+    Status,
+    heard,
+    recorded,
+    records_of,
+    spoken,
+)
+from app.drift import Sampler
+from app.errors import BundleError, InferenceError, QueueFullError, SettingsError, UnavailableError
+from app.loading import LoadedModel, manifest_of
+from app.manifest import Manifest
+from app.metrics import Metrics, ModelMetrics
+from app.tensors import VARIABLE, Array, TensorSpec
+
+log = logging.getLogger(__name__)
+
+WAIT_STEP_S = 0.05
+KNOWN_BATCHES = 256
+"""Batches that are remembered, so that requests which shared one are linked to the same span."""
+
+
+class _Pending:
+    """A request that an engine has."""
+
+    __slots__ = ("batcher", "job", "large", "room")
+
+    def __init__(self, batcher: "RemoteBatcher", job: Job, room: int) -> None:
+        self.batcher, self.job, self.room = batcher, job, room
+        self.large: tuple[Array, ...] | None = None
+
+
+class Link:
+    """The connection with one engine, and its slab.
+
+    A slab belongs to one connection: an engine that lives on after it writes where nobody reads.
+    """
+
+    def __init__(self, links: "Links", number: int, connection: socket.socket) -> None:
+        self.number = number
+        self.rows = 0
+        """Rows that the engine has, and has not answered."""
+        self._links = links
+        self._loop = asyncio.get_running_loop()
+        self._numbers = count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._number_of: dict[Job, int] = {}
+        self._requests: list[Request] = []
+        self._given_up: list[tuple[int]] = []
+        self._flushing = False
+        self._opening: dict[int, Callable[[Any], None]] = {}
+        self._batches: dict[int, RunMarks] = {}
+        descriptor, self.slab = create_slab()
+        self._packets = Packets(connection, self._take, self._lost)
+        self._packets.send(spoken(Kind.HELLO, 0, len(self.slab.memory)), descriptor)
+
+    @property
+    def pending(self) -> int:
+        """How many requests the engine has."""
+        return len(self._pending)
+
+    def open(self, token: int, name: str, version: str, directory: Path, told: Callable[[Any], None]) -> None:
+        """Have the engine open a version; `told` gets what it says, or None when it is gone."""
+        self._opening[token] = told
+        self._packets.send(spoken(Kind.OPEN, token, [name, version, str(directory)]))
+
+    def close_model(self, token: int) -> None:
+        """Have the engine close a version."""
+        self._packets.send(spoken(Kind.CLOSE, token, None))
+
+    def submit(self, token: int, batcher: "RemoteBatcher", job: Job, size: int) -> None:
+        """Write a job's rows into the slab, and send them with all others of this turn of the loop.
+
+        Args:
+            token: the model's.
+            batcher: whose job it is.
+            job: it.
+            size: bytes of the room that it needs, for its rows and then for its scores.
+
+        Raises:
+            QueueFullError: the slab has no such room.
+        """
+        try:
+            room = self.slab.take(size)
+        except SlabFullError:
+            raise QueueFullError("The service is full: there is no room for this request on its way.") from None
+        self.slab.pack(room, job.inputs)
+        job.queued_at = time.monotonic()
+        number = next(self._numbers) & 0xFFFFFFFF
+        self._pending[number] = _Pending(batcher, job, room)
+        self._number_of[job] = number
+        self.rows += job.rows
+        self._requests.append(
+            Request(
+                number,
+                token,
+                room,
+                self.slab.room_of(room),
+                job.rows,
+                job.urgency,
+                job.marks is not None,
+                job.deadline,
+            )
+        )
+        self._flush_soon()
+
+    def give_up(self, job: Job) -> None:
+        """Tell the engine that nobody waits; the room stays taken until it says that it needs it no more."""
+        number = self._number_of.get(job)
+        if number is None:
+            return
+        if self.slab.is_taken(self._pending[number].room):
+            job.taken = job.rows
+        self._given_up.append((number,))
+        self._flush_soon()
+
+    def hang_up(self) -> None:
+        """End the connection."""
+        self._packets.close()
+        self._lost()
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        requests, self._requests = self._requests, []
+        given_up, self._given_up = self._given_up, []
+        for packet in recorded(Kind.JOBS, REQUEST, requests):
+            self._packets.send(packet)
+        for packet in recorded(Kind.GIVE_UP, NUMBER, given_up):
+            self._packets.send(packet)
+
+    def _take(self, kind: Kind, packet: bytes, descriptors: list[int]) -> None:
+        match kind:
+            case Kind.ANSWERS:
+                for record in records_of(REPLY, packet):
+                    self._answer(Reply(*record))
+            case Kind.BATCHES:
+                self._note([Share(*record) for record in records_of(SHARE, packet)])
+            case Kind.OPENED:
+                token, said = heard(packet)
+                self._opening.pop(token)(said)
+            case Kind.LARGE:
+                number, size = heard(packet)
+                extra = Slab(descriptors[0], size)
+                self._pending[number].large = extra.unpack(0, size)
+                extra.close()
+            case _:
+                log.error("an engine speaks out of turn", extra={"engine": self.number, "kind": kind.name})
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _answer(self, reply: Reply) -> None:
+        pending = self._pending.pop(reply.number)
+        job = pending.job
+        del self._number_of[job]
+        self.rows -= job.rows
+        job.taken = job.returned = job.rows
+        job.queued_s, job.infer_s = reply.queued_s, reply.infer_s
+        try:
+            if not job.answer.done():
+                self._tell(pending, Status(reply.status))
+        finally:
+            self.slab.let_go(pending.room)
+            pending.batcher.ended()
+
+    def _tell(self, pending: _Pending, status: Status) -> None:
+        job = pending.job
+        if status is Status.DROPPED:  # for its deadline, of which whoever waits has a timer of its own
+            return
+        outputs = pending.large
+        if outputs is None:
+            lying = self.slab.unpack(pending.room, self.slab.room_of(pending.room))
+            outputs = tuple([array.copy() for array in lying])
+        if status is Status.DONE:
+            job.answer.set_result(outputs)
+            return
+        reason = str(outputs[0][0])
+        job.answer.set_exception(InferenceError(reason) if status is Status.FAILED else UnavailableError(reason))
+
+    def _note(self, shares: Sequence[Share]) -> None:
+        """Tell sampled requests of the batches that they had rows in."""
+        new: dict[int, tuple[RunMarks, Share, RemoteBatcher]] = {}
+        for share in shares:
+            pending = self._pending.get(share.number)
+            if pending is None or pending.job.marks is None:
+                continue
+            known = self._batches.get(share.batch)
+            batch = pending.job.marks.take(known, share.taken_at, share.rows)
+            if known is None and batch is not None:
+                self._batches[share.batch] = batch
+                new[share.batch] = batch, share, pending.batcher
+        for batch, share, batcher in new.values():
+            batch.end(
+                share.started,
+                share.infer_s,
+                rows=share.batch_rows,
+                requests=share.batch_requests,
+                model=batcher.metrics.model,
+                version=batcher.metrics.version,
+                provider=batcher.provider,
+                session=share.session,
+            )
+        while len(self._batches) > KNOWN_BATCHES:
+            del self._batches[next(iter(self._batches))]
+
+    def _lost(self) -> None:
+        """The engine has ended, or died: whoever waits for it is told so."""
+        self._links.lose(self)
+        pending, self._pending = self._pending, {}
+        self._number_of.clear()
+        for told in list(self._opening.values()):
+            told(None)
+        self._opening.clear()
+        for request in pending.values():
+            request.batcher.ended()
+            if not request.job.answer.done():
+                request.job.answer.set_exception(
+                    UnavailableError("The engine that had this request has died; try again.", code="engine_lost")
+                )
+        self.slab.close()
+
+
+class Links:
+    """The engines that there are now, and what they are to have opened."""
+
+    def __init__(self, metrics: Metrics, *, renames: bool = False) -> None:
+        """Begin without any; see `meet`.
+
+        Args:
+            metrics: where models count.
+            renames: a model is called what it is asked for by, whatever name its manifest has.
+        """
+        self._metrics = metrics
+        self._renames = renames
+        self._links: list[Link] = []
+        self._batchers: set[RemoteBatcher] = set()
+        self._tokens = count(1)
+        self._met = threading.Event()
+        self._stopping = False
+
+    @property
+    def count(self) -> int:
+        """How many engines there are."""
+        return len(self._links)
+
+    def meet(self, number: int, connection: socket.socket) -> None:
+        """Have one more engine, which is given every model that the others have."""
+        link = Link(self, number, connection)
+        self._links.append(link)
+        self._met.set()
+        for batcher in self._batchers:
+            batcher.join(link)
+
+    def lose(self, link: Link) -> None:
+        """Have one engine less."""
+        if link not in self._links:
+            return
+        self._links.remove(link)
+        if not self._stopping:
+            log.error("engine lost", extra={"engine": link.number, "requests": link.pending})
+        for batcher in self._batchers:
+            batcher.part(link)
+
+    def close(self) -> None:
+        """End every connection; on the loop."""
+        self._stopping = True
+        for link in list(self._links):
+            link.hang_up()
+
+    def load(
+        self, name: str, version: str, directory: Path, loop: asyncio.AbstractEventLoop
+    ) -> tuple[LoadedModel, float | None]:
+        """Have every engine open a version, and return it as `Loader.load` does; blocks, on a thread.
+
+        Raises:
+            BundleError: it is incomplete, altered, or does not reproduce its golden answers.
+            SettingsError: a setting makes every model impossible (a device that is not there).
+        """
+        manifest = manifest_of(name, version, directory, self._renames)
+        metrics = self._metrics.for_model(name, version)
+        batcher = RemoteBatcher(self._links, next(self._tokens), name, version, directory, loop, metrics)
+        while True:
+            said = self._opened(batcher, loop)
+            if said is not None:
+                break
+        if "fault" in said:
+            loop.call_soon_threadsafe(self._forget, batcher)
+            raise {"settings": SettingsError}.get(said["fault"], BundleError)(said["reason"])
+        batcher.describe(said)
+        batcher.on_end(lambda: self._forget(batcher))
+        classifier = manifest if isinstance(manifest, Manifest) else None
+        model = LoadedModel(
+            name,
+            version,
+            said["digest"],
+            said["provider"],
+            batcher.inputs,
+            batcher.outputs,
+            said["max_batch"],
+            said["unbatched_why"],
+            classifier,
+            None if isinstance(manifest, Manifest) else manifest,
+            batcher,
+            metrics,
+            Sampler(classifier, self._metrics) if classifier is not None else None,
+        )
+        return model, said["difference"]
+
+    def _opened(self, batcher: "RemoteBatcher", loop: asyncio.AbstractEventLoop) -> Any:
+        """Return what the engines say of a model: a fault if one of them has found any; None: they all went away."""
+        self._met.wait()
+        said: Future[Any] = Future()
+        loop.call_soon_threadsafe(self._ask, batcher, said)
+        return said.result()
+
+    def _ask(self, batcher: "RemoteBatcher", said: "Future[Any]") -> None:
+        if not self._links:
+            self._met.clear()
+            said.set_result(None)
+            return
+        self._batchers.add(batcher)
+        waiting, answers = set(self._links), list[Any]()
+
+        def told(link: Link, answer: Any) -> None:
+            waiting.discard(link)
+            if answer is not None:
+                answers.append(answer)
+            if not waiting and not said.done():
+                faults = [answer for answer in answers if "fault" in answer]
+                said.set_result(next(iter(faults or answers), None))
+
+        for link in self._links:
+            batcher.join(link, lambda answer, link=link: told(link, answer))  # type: ignore[misc]
+
+    def _forget(self, batcher: "RemoteBatcher") -> None:
+        self._batchers.discard(batcher)
+        batcher.leave()
+
+
+class RemoteBatcher:
+    """The sessions of one model, in engines; what `Batcher` is inside one process."""
+
+    provider = ""
+
+    def __init__(
+        self,
+        links: Sequence[Link],
+        token: int,
+        name: str,
+        version: str,
+        directory: Path,
+        loop: asyncio.AbstractEventLoop,
+        metrics: ModelMetrics,
+    ) -> None:
+        self._links = links
+        self.token = token
+        self.parallel = 1
+        """How many batches run at the same time, in all engines."""
+        self.metrics = metrics
+        self.inputs: tuple[TensorSpec, ...] = ()
+        self.outputs: tuple[TensorSpec, ...] = ()
+        self._asked = name, version, directory
+        self._loop = loop
+        self._ready: dict[Link, int] = {}
+        """The engines that have it open, and how many sessions each has."""
+        self._waiting = 0
+        self._closed = self._left = False
+        self._idle = threading.Event()
+        self._idle.set()
+        self._on_end: Callable[[], None] = lambda: None
+
+    def describe(self, said: dict[str, Any]) -> None:
+        """Take what an engine has found out."""
+        self.provider = said["provider"]
+        self.inputs, self.outputs = (
+            tuple(TensorSpec(name, datatype, tuple(shape)) for name, datatype, shape in said[which])
+            for which in ("inputs", "outputs")
+        )
+
+    def on_end(self, told: Callable[[], None]) -> None:
+        """Have `told` called on the loop when this is closed."""
+        self._on_end = told
+
+    def join(self, link: Link, told: Callable[[Any], None] = lambda _: None) -> None:
+        """Have one more engine open it."""
+
+        def opened(said: Any) -> None:
+            if said is not None and "fault" in said:
+                log.error("an engine cannot open a model", extra={"model": self._asked[0], **said})
+            elif said is not None and self._left:
+                link.close_model(self.token)
+            elif said is not None:
+                self._ready[link] = said["parallel"]
+                self.parallel = sum(self._ready.values())
+            told(said)
+
+        link.open(self.token, *self._asked, opened)
+
+    def part(self, link: Link) -> None:
+        """Do without an engine."""
+        self._ready.pop(link, None)
+        self.parallel = sum(self._ready.values()) or self.parallel
+
+    def leave(self) -> None:
+        """Have every engine close it; on the loop."""
+        self._left = True
+        for link in self._ready:
+            link.close_model(self.token)
+        self._ready.clear()
+
+    def submit(
+        self,
+        inputs: tuple[Array, ...],
+        rows: int,
+        deadline: float,
+        urgency: int = DEFAULT_URGENCY,
+        kind: Hashable = None,
+        answer: Answer | None = None,
+        marks: JobMarks | None = None,
+    ) -> Job:
+        """See `Runs.submit`.
+
+        Raises:
+            QueueFullError: there is no room for the rows on their way.
+            UnavailableError: it is closed, or there is no engine at the moment.
+        """
+        if self._closed:
+            raise UnavailableError("The model is being unloaded; try again.")
+        if not self._ready:
+            raise UnavailableError("There is no engine at the moment; try again.", code="engine_lost")
+        link = min(self._ready, key=lambda link: link.rows) if len(self._ready) > 1 else next(iter(self._ready))
+        job = Job(inputs, rows, deadline, answer or self._loop.create_future(), urgency, kind, marks)
+        link.submit(self.token, self, job, max(packed_bytes(inputs), self._bytes_of_outputs(rows)))
+        self._waiting += 1
+        self._idle.clear()
+        return job
+
+    def abandon(self, job: Job) -> None:
+        """See `Runs.abandon`."""
+        for link in self._links:
+            link.give_up(job)
+
+    def ended(self) -> None:
+        """Count that a request has ended, however."""
+        self._waiting -= 1
+        if not self._waiting:
+            self._idle.set()
+
+    @property
+    def is_up(self) -> bool:
+        """See `Runs.is_up`."""
+        return bool(self._ready)
+
+    @property
+    def running_since(self) -> float:
+        """Always 0: the engine shows in its own page how long its sessions run."""
+        return 0.0
+
+    def show(self) -> int:
+        """See `Runs.show`: the engines show it, and no session runs here."""
+        return 0
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """See `Runs.close`."""
+        self._closed = True
+        if not self._idle.wait(timeout_s):
+            log.warning("requests are stuck", extra={"model": self._asked[0], "requests": self._waiting})
+        with suppress(RuntimeError):  # the loop is closed, and with it every connection
+            self._loop.call_soon_threadsafe(self._on_end)
+
+    def _bytes_of_outputs(self, rows: int) -> int:
+        """Return how many bytes the scores of so many rows take; what is variable beyond the rows counts as one."""
+        shapes = []
+        for spec in self.outputs:
+            own = [1 if size == VARIABLE else size for size in spec.shape[1:]]
+            shapes.append(((rows, *own), spec.dtype))
+        return packed_bytes_of(shapes)

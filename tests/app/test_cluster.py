@@ -1,0 +1,392 @@
+"""Fronts and engines: the memory and the wire between them, in one process; deaths and truth, with real ones."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from app.batcher import Batcher
+from app.cluster.engine import EngineProcess
+from app.cluster.slab import SMALLEST_ROOM, SlabFullError, create_slab, packed_bytes, packed_bytes_of
+from app.cluster.wire import NUMBER, PACKET_BYTES, Kind, Packets, recorded, records_of
+from app.errors import BundleError, QueueFullError, SettingsError, UnavailableError
+from app.metrics import Metrics
+from app.tensors import DATATYPES
+from app.tracing import Tracer
+from app.workers import gpu_of
+from tests.app.engines import EngineHere, connected, no_socket_is_left  # noqa: F401
+from tests.app.test_batcher import FOREVER, EchoSession, answer, close, fill, rows, until
+
+NUMBERS = [dtype for name, dtype in DATATYPES.items() if name != "BYTES"]
+
+
+@pytest.fixture
+def slab():
+    descriptor, slab = create_slab(1 << 20)
+    os.close(descriptor)
+    yield slab
+    slab.close()
+
+
+texts = st.one_of(st.text(max_size=20), st.binary(max_size=20))
+anything = st.one_of(
+    st.sampled_from(NUMBERS).flatmap(
+        lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
+    ),
+    arrays.arrays(object, arrays.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4), elements=texts),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(anything, max_size=4))
+def test_what_is_packed_comes_out(found):
+    descriptor, slab = create_slab(1 << 20)
+    os.close(descriptor)
+    size = packed_bytes(found)
+    room = slab.take(size)
+    slab.pack(room, found)
+    again = slab.unpack(room, size)
+    for one, other in zip(found, again, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        if one.dtype == object:
+            assert [(type(text), text) for text in one.flat] == [(type(text), text) for text in other.flat]
+        else:
+            assert one.tobytes() == other.tobytes()
+    numbers = [array for array in found if array.dtype != object]
+    assert packed_bytes_of([(array.shape, array.dtype) for array in numbers]) == packed_bytes(numbers)
+    del again
+    slab.close()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 300))
+def test_what_was_never_packed_is_refused_and_never_read_beyond_its_room(content, size):
+    descriptor, slab = create_slab(SMALLEST_ROOM)
+    os.close(descriptor)
+    slab.memory[: len(content)] = content
+    try:
+        for array in slab.unpack(0, size):
+            assert array.dtype == object or array.nbytes <= size
+    except (ValueError, UnicodeDecodeError):
+        pass
+    slab.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.integers(1, 100_000), st.none()), max_size=60))
+def test_rooms_never_overlap_and_are_given_out_again(steps):
+    descriptor, slab = create_slab(1 << 20)
+    os.close(descriptor)
+    taken: dict[int, int] = {}
+    for step in steps:
+        if step is None:
+            if taken:
+                slab.let_go(taken.popitem()[0])
+            continue
+        try:
+            room = slab.take(step)
+        except SlabFullError:
+            continue
+        size = slab.room_of(room)
+        assert size >= step and room + size <= 1 << 20
+        assert all(room + size <= other or other + length <= room for other, length in taken.items())
+        taken[room] = size
+    assert slab.rooms == len(taken)
+    slab.close()
+
+
+def test_a_large_room_gives_its_memory_back(slab):
+    def resident() -> int:
+        return os.fstat(descriptor).st_blocks * 512
+
+    descriptor, large = create_slab(64 << 20)
+    room = large.take(32 << 20)
+    large.memory[room : room + (32 << 20)] = b"x" * (32 << 20)
+    assert resident() >= 32 << 20
+    large.let_go(room)
+    assert resident() < 1 << 20
+    assert large.take(32 << 20) == room
+    os.close(descriptor)
+    large.close()
+
+
+def test_packets_arrive_whole_and_in_order_whatever_the_reader_does():
+    async def scenario():
+        ours, theirs = connected()
+        got: list[int] = []
+        lost: list[str] = []
+        sender = Packets(ours, lambda *_: None, lambda: lost.append("sender"))
+        records = [(number,) for number in range(200_000)]
+        packets = list(recorded(Kind.GIVE_UP, NUMBER, records))
+        assert len(packets) > 10 and max(map(len, packets)) <= PACKET_BYTES + 1
+        for packet in packets:
+            sender.send(packet)  # far more than the socket holds, before anybody reads
+        receiver = Packets(
+            theirs,
+            lambda kind, packet, _: got.extend(number for (number,) in records_of(NUMBER, packet)),
+            lambda: lost.append("receiver"),
+        )
+        await until(lambda: len(got) == len(records))
+        assert got == list(range(200_000))
+        sender.close()
+        await until(lambda: lost == ["receiver"])
+        receiver.close()
+
+    asyncio.run(scenario())
+
+
+def test_nonsense_on_the_wire_ends_the_connection():
+    async def scenario():
+        ours, theirs = connected()
+        lost: list[str] = []
+        Packets(theirs, lambda *_: None, lambda: lost.append("it"))
+        ours.send(b"\xff nonsense")
+        await until(lambda: bool(lost))
+        ours.close()
+
+    asyncio.run(scenario())
+
+
+def batcher_of(*sessions, max_batch=4, metrics=None) -> Batcher:
+    metrics = metrics or Metrics()
+    loop = asyncio.get_running_loop()
+    return Batcher(sessions, max_batch=max_batch, linger_s=0, loop=loop, metrics=metrics.for_model("m", "1"))
+
+
+def test_fronts_share_a_model_and_its_batches_and_the_last_one_closes_it(tmp_path):
+    async def scenario():
+        session = EchoSession(held=True)
+        here = EngineHere(tmp_path, batcher_of(session))
+        fronts = [here.front(), here.front()]
+        one, other = [(await here.opened(links)).batcher for links in fronts]
+        assert here.loads == 1
+        await fill(session, one)
+        jobs = [asyncio.create_task(answer(runs, value)) for runs, value in ((one, 1), (other, 2), (one, 3))]
+        await until(lambda: here.batcher._line.rows == 3)
+        session.gate.set()
+        assert await asyncio.gather(*jobs) == [[1], [2], [3]]
+        assert sorted(session.batches[1]) == [1, 2, 3]
+        await close(one)
+        assert await answer(other, 4) == [4]
+        await close(other)
+        await until(lambda: here.batcher._line.closed)
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_an_engine_that_dies_is_told_and_the_next_one_has_its_models(tmp_path):
+    async def scenario():
+        held = EchoSession(held=True)
+        first = EngineHere(tmp_path, batcher_of(held))
+        links = first.front()
+        runs = (await first.opened(links)).batcher
+        waiting = [asyncio.create_task(answer(runs, value)) for value in (1, 2)]
+        await until(held.entered.is_set)
+        assert runs.is_up
+        [front] = first.engine._fronts
+        front._packets.close()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [error.code for error in results] == ["engine_lost"] * 2
+        assert not runs.is_up and links.count == 0
+        with pytest.raises(UnavailableError):
+            runs.submit((rows(1),), 1, FOREVER)
+        second = EngineHere(tmp_path, batcher_of(EchoSession()))
+        second.front(links)
+        await until(lambda: runs.is_up)
+        assert await answer(runs, 7) == [7]
+        held.gate.set()
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_dead_front_had_waiting_is_not_run(tmp_path):
+    async def scenario():
+        session = EchoSession(held=True)
+        here = EngineHere(tmp_path, batcher_of(session))
+        dying, living = here.front(), here.front()
+        runs = (await here.opened(dying)).batcher
+        other = (await here.opened(living)).batcher
+        await fill(session, runs)
+        lost = [asyncio.create_task(answer(runs, value)) for value in (1, 2)]
+        kept = asyncio.create_task(answer(other, 3))
+        await until(lambda: here.batcher._line.rows == 3)
+        dying.close()
+        await until(lambda: here.batcher._line.rows == 1)
+        session.gate.set()
+        assert await kept == [3]
+        assert session.batches == [[200], [3]]
+        assert len(here.engine._fronts) == 1
+        await asyncio.gather(*lost, return_exceptions=True)
+        await close(other)
+
+    asyncio.run(scenario())
+
+
+def test_rooms_come_back_from_every_kind_of_end(tmp_path):
+    async def scenario():
+        session = EchoSession(fail_on=13)
+        here = EngineHere(tmp_path, batcher_of(session, max_batch=3))
+        links = here.front()
+        runs = (await here.opened(links)).batcher
+        [link] = links._links
+        rng = np.random.default_rng(3)
+
+        async def client(number: int) -> None:
+            values = rng.integers(0, 20, rng.integers(1, 9)).tolist()
+            await asyncio.sleep(float(rng.random()) * 0.1)
+            deadline = FOREVER if number % 3 else time.monotonic() + 0.001
+            task = asyncio.create_task(asyncio.wait_for(answer(runs, *values, deadline=deadline), 0.3))
+            if number % 4 == 0:
+                await asyncio.sleep(float(rng.random()) * 0.004)
+                task.cancel()
+            [result] = await asyncio.gather(task, return_exceptions=True)
+            assert isinstance(result, BaseException) or result == values
+
+        await asyncio.gather(*(client(number) for number in range(300)))
+        await until(lambda: link.slab.rooms == 0)
+        assert link.pending == link.rows == 0
+        [front] = here.engine._fronts
+        assert not front._answers
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+class WideSession:
+    provider = "cpu"
+
+    def run(self, pixels):
+        return (np.repeat(pixels[:, :1, 0, 0].astype(np.float32), 50_000, axis=1),)
+
+
+def test_scores_that_do_not_fit_into_their_room_come_in_memory_of_their_own(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(WideSession()))
+        runs = (await here.opened()).batcher
+        before = descriptors()
+        for value in range(5):
+            job = runs.submit((rows(value, value + 1),), 2, FOREVER)
+            [scores] = await job.answer
+            assert scores.shape == (2, 50_000)
+            assert (scores[0] == value).all() and (scores[1] == value + 1).all()
+        del job, scores
+        await until(lambda: descriptors() == before)
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("fault", [BundleError("it is broken"), SettingsError("no such device"), RuntimeError("odd")])
+def test_why_a_model_cannot_be_opened_is_told_as_in_one_process(tmp_path, fault):
+    async def scenario():
+        here = EngineHere(tmp_path, None, fault=fault)
+        kind = SettingsError if isinstance(fault, SettingsError) else BundleError
+        with pytest.raises(kind, match=str(fault)):
+            await here.opened()
+        here._fault, here.batcher = None, batcher_of(EchoSession())
+        runs = (await here.opened()).batcher
+        assert await answer(runs, 5) == [5]
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_a_slab_without_room_is_an_overload(tmp_path, monkeypatch):
+    async def scenario():
+        monkeypatch.setattr("app.cluster.front.create_slab", lambda: create_slab(2 * SMALLEST_ROOM))
+        session = EchoSession(held=True)
+        here = EngineHere(tmp_path, batcher_of(session))
+        runs = (await here.opened()).batcher
+        jobs = [asyncio.create_task(answer(runs, value)) for value in (1, 2)]
+        await until(session.entered.is_set)
+        with pytest.raises(QueueFullError):
+            runs.submit((rows(3),), 1, FOREVER)
+        session.gate.set()
+        assert await asyncio.gather(*jobs) == [[1], [2]]
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+class KeepingSink:
+    def send(self, over) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_sampled_request_is_told_of_its_batches(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(EchoSession(), max_batch=2))
+        runs = (await here.opened()).batcher
+        tracer = Tracer(KeepingSink(), 1.0)
+        _, marks = tracer.sample(None, None)
+        job = runs.submit((rows(1, 2, 3),), 3, FOREVER, marks=marks)
+        await job.answer
+        assert [stay.rows for stay in marks.stays] == [2, 1]
+        batches = [stay.batch for stay in marks.stays]
+        assert [(batch.rows, batch.requests, batch.model, batch.provider) for batch in batches] == [
+            (2, 1, "m", "cpu"),
+            (1, 1, "m", "cpu"),
+        ]
+        assert all(batch.ended >= batch.started >= batch.taken_at > 0 for batch in batches)
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_with_the_least_to_do_gets_the_next_request(tmp_path):
+    async def scenario():
+        busy, idle = EchoSession(held=True), EchoSession(held=True)
+        engines = [EngineHere(tmp_path, batcher_of(session)) for session in (busy, idle)]
+        links = engines[1].front(engines[0].front())
+        runs = (await engines[0].opened(links)).batcher
+        assert runs.parallel == 2
+        jobs = [asyncio.create_task(answer(runs, value)) for value in (1, 2, 3, 4)]
+        await until(lambda: busy.entered.is_set() and idle.entered.is_set())
+        assert sorted(link.rows for link in links._links) == [2, 2]
+        busy.gate.set()
+        idle.gate.set()
+        assert await asyncio.gather(*jobs) == [[1], [2], [3], [4]]
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_is_told_to_stop_ends_with_its_last_front():
+    async def scenario():
+        class NoVitals:
+            def start(self) -> None: ...
+            def show(self) -> None: ...
+
+        engine = EngineProcess(Metrics(), lambda *_: None)
+        ours, theirs = connected()
+        engine.meet(1, theirs)
+        running = asyncio.create_task(engine.run(NoVitals()))
+        engine.stop()
+        await asyncio.sleep(0.2)
+        assert not running.done()
+        ours.close()
+        await asyncio.wait_for(running, 5)
+
+    asyncio.run(scenario())
+
+
+def test_each_of_several_engines_sees_a_gpu_of_its_own():
+    assert gpu_of(0, 1, {}) == {}
+    assert [gpu_of(place, 2, {}) for place in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    environment = {"CUDA_VISIBLE_DEVICES": "GPU-aa, GPU-bb"}
+    found = [gpu_of(place, 3, environment)["CUDA_VISIBLE_DEVICES"] for place in range(3)]
+    assert found == ["GPU-aa", "GPU-bb", "GPU-aa"]
