@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies training-job image image-check image-lock clean
+.PHONY: help run test test-engines training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies training-job image image-check image-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ run: $(VENV)/.serve ## serve the models of models/ on http://127.0.0.1:8000 (CON
 
 test: $(VENV)/.dev lint ## lint, type-check and run the whole test suite
 	$(BIN)/pytest
+
+test-engines: $(VENV)/.dev ## the tests of a running service again, its sessions in a process of their own: five minutes
+	TEST_WITH_ENGINES=1 $(BIN)/pytest tests/app tests/contract tests/convoy tests/examples tests/test_models.py
 
 training: $(VENV)/.train ## add PyTorch and convoy-train to the environment
 

@@ -408,9 +408,8 @@ class _States(Collector):
         ready.add_metric((), any(page.is_ready for page in self._pages))
         yield ready
         yield _by_state("convoy_workers", "Processes that serve, by state.", self._pages)
-        if self._engines:
-            what = "Processes that run models for those that serve, by state."
-            yield _by_state("convoy_engines", what, self._engines)
+        what = "Processes that run models for those that serve, by state."
+        yield _by_state("convoy_engines", what, self._engines)
 
 
 def _by_state(name: str, help_text: str, pages: Sequence[Page]) -> Metric:

@@ -51,7 +51,7 @@ ALL_WORKERS = ""
 """In place of a model's name, in the series of reloads."""
 
 # The child finds this package where the parent found it, whatever its own directory holds.
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from app import workers; workers.{}(*map(int, sys.argv[2:]))"
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from {} import {} as run; run(*map(int, sys.argv[2:]))"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -227,6 +227,9 @@ class Place:
 class Supervisor:
     """Starts workers and engines, keeps them running, replaces them, and ends them."""
 
+    engine_entry = "app.workers", "run_engine"
+    """Module and function that an engine is; a benchmark has another, over a device that it only pretends to have."""
+
     def __init__(self, settings: Settings, count: int, listener: socket.socket, probes: socket.socket | None) -> None:
         self._settings = settings
         self._count = count
@@ -296,7 +299,7 @@ class Supervisor:
         descriptors = [self._listener.fileno(), self._memory]
         settings = share_of(self._settings, self._count)
         try:
-            worker = Worker(page, _command("work", page, descriptors), settings, descriptors)
+            worker = Worker(page, _command(("app.workers", "work"), page, descriptors), settings, descriptors)
         except OSError:
             self._free.append(page)
             raise
@@ -307,7 +310,7 @@ class Supervisor:
         """Start an engine on its page, with the GPU that is its own where there are several engines."""
         place = page.number - self._engine_pages[0].number
         environment = gpu_of(place, len(self._engine_pages), os.environ)
-        command = _command("run_engine", page, [self._memory])
+        command = _command(self.engine_entry, page, [self._memory])
         engine = EngineWorker(page, command, self._settings, [self._memory], environment)
         self._welcome(engine)
         return engine
@@ -347,7 +350,7 @@ class Supervisor:
                 ready = worker.kind == "worker" and worker.page.state is WriterState.READY
                 self._was_ready = self._was_ready or ready
                 worker.log_at(self._settings.log_level)
-                if worker.hangs():
+                if not worker.hung and worker.hangs():  # it may take a while to end
                     worker.hung = True
                     log.error(
                         f"{worker.kind} hangs: killing it",
@@ -467,10 +470,10 @@ def gpu_of(place: int, engines: int, environment: Mapping[str, str]) -> dict[str
     return {VISIBLE_GPUS: visible[place % len(visible)].strip() if visible else str(place)}
 
 
-def _command(what: str, page: Page, descriptors: Sequence[int]) -> list[str]:
-    """Return the command of a process that runs a function of this module."""
+def _command(entry: tuple[str, str], page: Page, descriptors: Sequence[int]) -> list[str]:
+    """Return the command of a process that runs a function, given by its module and name."""
     root = str(Path(__file__).parents[1])
-    return [sys.executable, "-P", "-c", _BOOT.format(what), root, *map(str, (page.number, *descriptors))]
+    return [sys.executable, "-P", "-c", _BOOT.format(*entry), root, *map(str, (page.number, *descriptors))]
 
 
 def work(number: int, listener: int, memory: int, mailbox: int) -> None:
@@ -507,19 +510,26 @@ def run_engine(number: int, memory: int, mailbox: int) -> None:
         memory: descriptor of the pages.
         mailbox: descriptor of the socket through which it is introduced to workers.
     """
+
+    def run(settings: Settings, metrics: Metrics, lifeline: int, mailbox: socket.socket) -> None:
+        from app import service
+
+        service.run_models(settings, metrics, lifeline, mailbox)
+
+    be_engine(run, number, memory, mailbox)
+
+
+def be_engine(
+    run: Callable[[Settings, Metrics, int, socket.socket], None], number: int, memory: int, mailbox: int
+) -> None:
+    """Do what an engine process does around `run`, which gets settings, metrics, lifeline and mailbox."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lifeline = sys.stdin.fileno()
     settings = Settings.model_validate_json(_first_line(lifeline))
     logs.configure(settings.log_format, settings.log_level, engine=number)
     metrics = _metrics_of(settings, memory, number)
-
-    def run() -> None:
-        from app import service
-
-        service.run_models(settings, metrics, lifeline, socket.socket(fileno=mailbox))
-
-    _be(run, metrics.page)
+    _be(lambda: run(settings, metrics, lifeline, socket.socket(fileno=mailbox)), metrics.page)
 
 
 def _metrics_of(settings: Settings, memory: int, number: int) -> Metrics:

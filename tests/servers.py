@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 START_TIMEOUT_S = 30
 ENGINES = {"engines": number} if (number := os.environ.get("TEST_WITH_ENGINES")) else {}
 """Settings of every service that does not say otherwise: the tests of one way to run models are those of the other."""
+alone = pytest.mark.skipif(bool(ENGINES), reason="looks into a process that has its sessions itself")
 
 
 class ConvoyProcess:

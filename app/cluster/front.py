@@ -397,6 +397,7 @@ class RemoteBatcher:
         self._loop = loop
         self._ready: dict[Link, int] = {}
         """The engines that have it open, and how many sessions each has."""
+        self._score_bytes: dict[int, int] = {}
         self._waiting = 0
         self._closed = self._left = False
         self._idle = threading.Event()
@@ -464,7 +465,10 @@ class RemoteBatcher:
             raise UnavailableError("There is no engine at the moment; try again.", code="engine_lost")
         link = min(self._ready, key=lambda link: link.rows) if len(self._ready) > 1 else next(iter(self._ready))
         job = Job(inputs, rows, deadline, answer or self._loop.create_future(), urgency, kind, marks)
-        link.submit(self.token, self, job, max(packed_bytes(inputs), self._bytes_of_outputs(rows)))
+        scores = self._score_bytes.get(rows)
+        if scores is None:
+            scores = self._score_bytes[rows] = self._bytes_of_outputs(rows)
+        link.submit(self.token, self, job, max(packed_bytes(inputs), scores))
         self._waiting += 1
         self._idle.clear()
         return job

@@ -1,6 +1,6 @@
 """Run the scenarios, print a table, keep the figures.
 
-All of them take about 50 minutes, most of it the two soaks: `python -m benchmarks.survival`; a part, for a look:
+All of them take about an hour, most of it the two soaks: `python -m benchmarks.survival`; a part, for a look:
 `python -m benchmarks.survival --only overload --seconds 10`.
 """
 
@@ -26,6 +26,7 @@ SCENARIOS = {
     "leavers": "half of the clients disconnect",
     "stop": "SIGTERM under full load",
     "kill": "kill -9 of one of several workers",
+    "kill50": "kill -9 of workers and engines, fifty times",
     "swap": "hot swaps under full load",
     "swap50": "fifty hot swaps under full load: memory",
     "quota": "CPU quotas of 0.5 and 1.5",

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.app.test_probes import FOR_EVER, infer, make_stuck
 from tests.app.watching import free_port, is_running, load, messages, probe_url, wait_for, worker_pids
 from tests.bundles import COLOURS, make_bundle, noise_image, plain_image
 from tests.servers import ConvoyProcess, convoy
@@ -118,6 +119,21 @@ def test_with_two_engines_the_other_one_goes_on(models, tmp_path):
         assert all(ready)
         assert Counter(outcomes)[503] <= 4  # one for each client at most: what the dead one had
         assert set(outcomes) <= {200, 503}
+
+
+def test_an_engine_with_a_stuck_session_is_replaced(tmp_path):
+    models = tmp_path / "models"
+    make_stuck(models)
+    make_bundle(models, "colours")
+    settings = {"engines": 1, "sessions": 1, "stuck_s": 0.5, "default_model": "colours", "probe_port": free_port()}
+    with convoy(models, tmp_path / "log", **settings) as server:
+        lost = infer(server.client, FOR_EVER)
+        assert (lost.status_code, lost.json()["code"]) == (503, "engine_lost")
+        assert len(messages(server, "engine hangs: killing it")) == 1
+        assert httpx.get(f"{probe_url(server)}/livez").status_code == 200
+        wait_for(lambda: is_ready(server))
+        assert infer(server.client, 7).json()["outputs"][0]["data"] == [7]
+        assert server.metrics()['convoy_worker_exits_total{cause="hung"}'] == 1
 
 
 def test_a_front_that_dies_leaves_nothing_behind_in_the_engine(models, tmp_path):

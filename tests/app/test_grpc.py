@@ -27,7 +27,7 @@ from app.keys import Access, make_key
 from tests.app.watching import free_port, logged_with, messages, wait_for
 from tests.bundles import COLOURS, make_bundle, plain_image
 from tests.certificates import Pair, make_pair
-from tests.servers import ConvoyProcess, convoy
+from tests.servers import ConvoyProcess, alone, convoy
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE = plain_image("red"), plain_image("blue")
@@ -237,6 +237,7 @@ def test_a_large_message_that_is_cut_off_is_told(cut):
         messages_module.parse_inference(data[:-cut])
 
 
+@alone
 def test_a_refused_request_is_freed_with_its_answer(tmp_path):
     """Exceptions hold frames, and they the request: a ring would stay until the garbage collector comes."""
     make_bundle(tmp_path / "models")

@@ -6,7 +6,7 @@ import pytest
 
 from app.logs import JsonFormatter, TextFormatter, change_level, configure
 from tests.app.watching import RED, messages, wait_for
-from tests.servers import convoy
+from tests.servers import alone, convoy
 
 
 def record(**fields: object) -> logging.LogRecord:
@@ -64,6 +64,7 @@ def test_the_level_moves_by_steps_and_stays_within(capsys):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@alone
 def test_a_signal_changes_the_level_in_every_process(models, tmp_path, workers):
     def levels() -> list[tuple[int | None, str]]:
         return sorted(

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from app.manifest import write_tensor_manifest
 from tests.app.watching import free_port
 from tests.bundles import make_bundle, plain_image
-from tests.servers import ConvoyProcess, convoy
+from tests.servers import ConvoyProcess, alone, convoy
 
 RED = plain_image("red")
 FOR_EVER = 12345.0
@@ -125,6 +125,7 @@ def test_while_it_drains_it_is_not_ready_and_answers_what_it_has(slow_models, tm
             client.close()
 
 
+@alone
 def test_full_it_stays_ready(stuck_models, tmp_path):
     settings = {"sessions": 1, "stuck_s": 0, "max_inflight_images": 2, "default_model": "colours"}
     with probed(stuck_models, tmp_path / "log", **settings) as (server, probes), ThreadPoolExecutor(2) as pool:
@@ -145,6 +146,7 @@ def infer_alone(url: str) -> httpx.Response:
         return infer(client, FOR_EVER)
 
 
+@alone
 def test_a_session_that_is_stuck_is_not_alive(stuck_models, tmp_path):
     settings = {"sessions": 1, "stuck_s": 0.5, "default_model": "colours"}
     with probed(stuck_models, tmp_path / "log", **settings) as (server, probes), ThreadPoolExecutor(1) as pool:
@@ -165,6 +167,7 @@ def test_a_session_that_is_stuck_is_not_alive(stuck_models, tmp_path):
                 lost.result()
 
 
+@alone
 def test_a_worker_with_a_stuck_session_is_replaced_and_the_service_is_alive(stuck_models, tmp_path):
     settings = {"workers": 2, "sessions": 1, "stuck_s": 0.5, "default_model": "colours"}
     with probed(stuck_models, tmp_path / "log", **settings) as (server, probes):

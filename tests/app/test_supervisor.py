@@ -15,7 +15,7 @@ import pytest
 from app.pages import WriterState
 from tests.app.watching import free_port, is_running, load, messages, pages_of, probe_url, wait_for, worker_pids
 from tests.bundles import make_bundle, plain_image
-from tests.servers import ConvoyProcess, convoy
+from tests.servers import ConvoyProcess, alone, convoy
 
 RED = plain_image("red")
 
@@ -102,6 +102,7 @@ def test_requests_go_on_while_the_service_stops_and_none_is_lost(models, tmp_pat
         assert {type(failure) for failure in failures} <= {httpx.ConnectError}, Counter(map(repr, failures))
 
 
+@alone
 def test_a_second_signal_cuts_off_what_still_runs(models, tmp_path):
     with convoy(models, tmp_path / "log", default_model="colours", workers=2) as server:
         address = (server.client.base_url.host, server.client.base_url.port)

@@ -21,7 +21,7 @@ from app.settings import Settings
 from app.workers import HANGS_S, TICK_S, Worker, share_of
 from tests.app.watching import free_port, logged_with, messages, probe_url, wait_for, worker_pids
 from tests.bundles import plain_image
-from tests.servers import ConvoyProcess, convoy
+from tests.servers import ConvoyProcess, alone, convoy
 
 RED = plain_image("red")
 
@@ -60,6 +60,7 @@ def burst(server: ConvoyProcess, name: str) -> Counter[int]:
     return Counter(line["worker"] for line in logged_with(server, name))
 
 
+@alone
 def test_each_worker_plans_for_its_share_of_the_processors(pair):
     wait_for(lambda: len(messages(pair, "ready")) == 2)
     share = share_of_cpus(2)
@@ -136,6 +137,7 @@ def test_probes_are_answered_while_nobody_accepts(pair):
     assert pair.client.get("/livez").status_code == 200
 
 
+@alone
 def test_one_worker_answers_probes_on_their_port_too(models, tmp_path):
     with convoy(models, tmp_path / "log", default_model="colours", probe_port=free_port()) as server:
         url = probe_url(server)
@@ -174,6 +176,7 @@ def test_a_fault_of_the_settings_is_one_sentence_and_no_loop(models, arguments, 
     assert result.stderr.count("\n") == 1, result.stderr
 
 
+@alone
 def test_the_supervisor_loads_neither_runtime_nor_framework(pair):
     probe = "import sys, app.workers; print(sorted({'fastapi', 'onnxruntime', 'PIL'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
