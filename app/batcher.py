@@ -26,9 +26,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from app.cpus import step_back
-from app.errors import ConvoyError, InferenceError, UnavailableError
+from app.errors import ConvoyError, DeviceLostError, InferenceError, UnavailableError
 from app.families import Number
 from app.metrics import ModelMetrics
+from app.pages import LONG_AGO
 from app.sessions import Session
 from app.tensors import Array
 
@@ -182,6 +183,7 @@ class Batch:
     slices: list[Slice] = field(default_factory=list)
     rows: int = 0
     infer_s: float = 0.0
+    padding: int = 0
     marks: RunMarks | None = None
 
     def add(self, job: Job, rows: int) -> None:
@@ -392,7 +394,10 @@ class Runs(Protocol):
 
     @property
     def running_since(self) -> float:
-        """When the longest run that a session of this process is in began, clock time; 0: none runs."""
+        """When the longest run that a session of this process is in began, clock time; 0: none runs.
+
+        Long ago where the device is lost: nothing will come of it any more.
+        """
         ...
 
     def show(self) -> int:
@@ -502,9 +507,12 @@ class Batcher:
         step_back()
         busy = self._metrics.busy(session.provider, number)
         while (batch := self._line.take()) is not None:
-            self._running_since[number] = started = self._clock()
+            started = self._clock()
+            self._running_since[number] = self._running_since[number] or started
             _run(session, batch)
-            self._running_since[number] = 0.0
+            lost = isinstance(batch.slices[0].error, DeviceLostError)
+            self._running_since[number] = LONG_AGO if lost else 0.0
+            batch.padding = session.padding(batch.rows)
             batch.infer_s = self._clock() - started
             self._line.row_s = batch.infer_s / batch.rows
             if batch.marks is not None:
@@ -531,7 +539,7 @@ class Batcher:
     def _deliver(self, batch: Batch, busy: Number) -> None:
         """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""
         busy.inc(batch.infer_s)
-        self._metrics.ran(batch.rows, batch.infer_s)
+        self._metrics.ran(batch.rows, batch.infer_s, batch.padding)
         for part in batch.slices:
             job = part.job
             if job.returned == 0:
@@ -570,10 +578,13 @@ def _run(session: Session, batch: Batch) -> None:
         if len(parts) == 1:
             parts[0].outputs = session.run(*parts[0].inputs)
             return
-        together = [np.concatenate(arrays) for arrays in zip(*[part.inputs for part in parts], strict=True)]
-        outputs = session.run(*together)
+        outputs = session.run(*session.join([part.inputs for part in parts]))
         if any(len(array) != batch.rows for array in outputs):
             raise ValueError(f"for {batch.rows} rows it gave {[len(array) for array in outputs]}")
+    except DeviceLostError as error:
+        for part in parts:
+            part.error = error
+        return
     except Exception as error:  # whatever a session raises becomes the job's answer, never the thread's end
         if len(parts) == 1:
             parts[0].error = InferenceError(f"The model failed on this request: {error}")

@@ -117,6 +117,12 @@ class UnavailableError(ConvoyError):
     code = "unavailable"
 
 
+class DeviceLostError(UnavailableError):
+    """The device that a model runs on is gone for this process, which has to be replaced."""
+
+    code = "device_lost"
+
+
 class LoadFailedError(ConvoyError):
     """A version that somebody asked for could not be loaded; what was served before still is."""
 

@@ -127,6 +127,10 @@ class Metrics:
         self.batch_seconds = add(BatchCounter(
             page, "convoy_batch_seconds_total", "Time that session runs took, by rows.", ("model", "version")
         ))
+        self.padding = add(Counter(
+            page, "convoy_padding_rows_total", "Rows that batches were filled up with, to a size that a GPU knows.",
+            ("model", "version"),
+        ))
         self.last_inference = add(Largest(
             page, "convoy_last_inference_timestamp_seconds", "When the last session run ended.", ("model", "version")
         ))
@@ -351,6 +355,7 @@ class ModelMetrics:
         self.batch_size = metrics.batch_size.labels(model)
         self._batches = metrics.batches.labels(model, version)
         self._batch_seconds = metrics.batch_seconds.labels(model, version)
+        self._padding = metrics.padding.labels(model, version)
         self._last_inference = metrics.last_inference.labels(model, version)
         self.queue_rows = metrics.queue_rows.labels(model, version)
         self.sessions = metrics.sessions.labels(model, version)
@@ -363,11 +368,13 @@ class ModelMetrics:
         """Return the busy-time counter of one session."""
         return self._metrics.session_busy.labels(self.model, device, session)
 
-    def ran(self, rows: int, seconds: float) -> None:
+    def ran(self, rows: int, seconds: float, padding: int = 0) -> None:
         """Count one session run."""
         self.batch_size.observe(rows)
         self._batches.inc(rows)
         self._batch_seconds.inc(rows, seconds)
+        if padding:
+            self._padding.inc(padding)
         self._last_inference.set(time.time())
 
     def dropped(self, stage: str, reason: str) -> None:

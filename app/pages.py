@@ -34,6 +34,8 @@ MAX_WIDTH = 128
 """Slots of one series at most."""
 NO_VALUE = math.nan
 """What a gauge holds while it is not shown."""
+LONG_AGO = -1e9
+"""When a run began that cannot end, because its device is lost; before any clock began."""
 SILENT_S = 5.0
 """A writer whose event loop has not turned for this long gets no trust."""
 

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from app.metrics import CONTENT_TYPE, CONTENT_TYPE_OPENMETRICS, OPENMETRICS, Metrics
-from app.pages import SILENT_S, Page, WriterState
+from app.pages import LONG_AGO, SILENT_S, Page, WriterState
 
 _JSON = "application/json"
 
@@ -42,6 +42,8 @@ class Probes:
         """
         self._refresh()
         run_s = 0.0 if len(self._metrics.pages) > 1 else self._metrics.page.run_s
+        if has_lost_its_device(run_s):
+            return 503, {"live": False, "reason": "The GPU has failed, and this process cannot use it any more."}
         if is_stuck(run_s, self._stuck_s):
             return 503, {"live": False, "reason": f"A batch has been running for {run_s:.0f} s: its session is stuck."}
         return 200, {"live": True}
@@ -81,8 +83,16 @@ class Probes:
 
 
 def is_stuck(run_s: float, stuck_s: float) -> bool:
-    """Tell whether a session that has been in one run for `run_s` seconds will not come back; `stuck_s` 0: never."""
-    return 0 < stuck_s < run_s
+    """Tell whether a session that has been in one run for `run_s` seconds will not come back.
+
+    `stuck_s` 0: never, unless its device is lost.
+    """
+    return has_lost_its_device(run_s) or 0 < stuck_s < run_s
+
+
+def has_lost_its_device(run_s: float) -> bool:
+    """Tell whether that run is none that can end."""
+    return run_s > -LONG_AGO
 
 
 def readiness(pages: Sequence[Page]) -> tuple[int, dict[str, Any]]:

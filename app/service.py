@@ -24,6 +24,7 @@ from app.cluster import engine as cluster
 from app.cluster.front import Links
 from app.cluster.wire import Mailbox
 from app.cpus import share_of_cpus
+from app.cuda import Cuda
 from app.engine import LocalEngine
 from app.errors import ConvoyError, SettingsError
 from app.http.application import create_app
@@ -271,6 +272,13 @@ def loader_of(settings: Settings, metrics: Metrics, cpus: int) -> Loader:
         threads_per_session=settings.threads_per_session,
         max_batch=settings.max_batch,
         linger_s=settings.linger_ms / 1000,
+        gpu=Cuda(
+            settings.cuda_search,
+            settings.cuda_nhwc,
+            settings.cuda_tf32,
+            settings.cuda_graphs,
+            settings.cuda_memory_mb * 1_000_000,
+        ),
         engines=Engines(settings.max_batch, settings.tensorrt_cache, settings.tensorrt_fp16),
         renames=bool(settings.model_name),
     )

@@ -4,16 +4,19 @@ Owns every ONNX Runtime option. Knows nothing of batches, requests or where mode
 one thread only, the one that the batcher gives it.
 """
 
+import dataclasses
 import math
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app import runtime, tensorrt
-from app.errors import BundleError, SettingsError
+from app import cuda, runtime, tensorrt
+from app.binding import GRAPH_ID, Bound, can_bind
+from app.errors import BundleError, DeviceLostError, SettingsError
 from app.manifest import ENERGY_NAME, INPUT_NAME, OUTPUT_NAME
 from app.tensors import VARIABLE, Array, TensorSpec, datatype_of
 
@@ -36,11 +39,35 @@ class Session(Protocol):
     """`cpu`, `cuda` or `tensorrt`: where the graph really runs."""
 
     def run(self, *inputs: Array) -> tuple[Array, ...]:
-        """Turn the graph's inputs, in its order, into its outputs, in its order."""
+        """Turn the graph's inputs, in its order, into its outputs, in its order.
+
+        Raises:
+            DeviceLostError: this process cannot use the device any more.
+        """
+        ...
+
+    def join(self, parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+        """Return the rows of several requests one after the other, for `run`: an array per input."""
+        ...
+
+    def padding(self, rows: int) -> int:
+        """Return how many rows a run of so many is filled up with."""
         ...
 
 
-class OnnxSession:
+class PlainSession:
+    """What every session does that has no buffers of its own."""
+
+    def join(self, parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+        """See `Session.join`."""
+        return tuple([np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
+
+    def padding(self, rows: int) -> int:
+        """See `Session.padding`."""
+        return 0
+
+
+class OnnxSession(PlainSession):
     """An ONNX Runtime session over any graph of tensors.
 
     Attributes:
@@ -48,7 +75,14 @@ class OnnxSession:
         inputs, outputs: what the graph takes and gives, in its order.
     """
 
-    def __init__(self, path: Path, device: Device, threads: int, engines: tensorrt.Engines | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        threads: int,
+        engines: tensorrt.Engines | None = None,
+        gpu: cuda.Cuda | None = None,
+    ) -> None:
         """Load the graph at `path`; with TensorRT that takes minutes, unless its engine was kept.
 
         Args:
@@ -56,13 +90,14 @@ class OnnxSession:
             device: where it shall run.
             threads: inside the session.
             engines: how TensorRT's are built, if that is the device; None: for single rows, and not kept.
+            gpu: how it runs in CUDA, if it does.
 
         Raises:
             BundleError: the file is not a graph that ONNX Runtime can load, or takes or gives more than tensors.
             SettingsError: `device` is cuda or tensorrt and the graph does not run there.
         """
         with _creation:
-            self._session = _create(path, device, threads, engines or tensorrt.Engines())
+            self._session = _create(path, device, threads, engines or tensorrt.Engines(), gpu or cuda.Cuda())
         self.provider = _NAMES.get(self._session.get_providers()[0], "cpu")
         if device in _STRICT and self.provider != device:
             raise SettingsError(
@@ -74,32 +109,68 @@ class OnnxSession:
         """The inputs' dimensions as the graph names them: a number, or the name of a variable one."""
         self._input_names = [spec.name for spec in self.inputs]
         self._output_names = [spec.name for spec in self.outputs]
-        self._options = runtime.load().RunOptions()
-        # Else every row that a graph does not take is a line on standard error too, in colours; the error says it.
-        self._options.log_severity_level = 4
+        self._options = _run_options()
+        self._records = self.provider == "cuda" and gpu is not None and gpu.graphs
+        if self._records:
+            self._options.add_run_config_entry(GRAPH_ID, "-1")  # what is not bound is not recorded
+        self._bound: Bound | None = None
 
     @property
     def has_variable_inputs(self) -> bool:
         """Whether any dimension of an input is a request's to choose."""
         return any(VARIABLE in spec.shape for spec in self.inputs)
 
+    def bind(self, sizes: Sequence[int]) -> None:
+        """On a GPU, run batches of these sizes from now on, out of buffers that stay; rising, the last one the largest.
+
+        Only for a graph whose rows have nothing to do with each other. Where its tensors vary in more than their rows,
+        nothing changes.
+        """
+        if self.provider != "cpu" and can_bind(self.inputs, self.outputs):
+            recorded = "cuda" if self._records else ""
+            self._bound = Bound(
+                self._session, self.inputs, self.outputs, sizes, cuda.pinned, _run_options, recorded=recorded
+            )
+
+    def join(self, parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+        """See `Session.join`."""
+        return super().join(parts) if self._bound is None else self._bound.join(parts)
+
+    def padding(self, rows: int) -> int:
+        """See `Session.padding`."""
+        return 0 if self._bound is None else self._bound.padding(rows)
+
     def run(self, *inputs: Array) -> tuple[Array, ...]:
-        """Turn the graph's inputs into its outputs, both in its order."""
-        fed = dict(zip(self._input_names, inputs, strict=True))
-        return tuple(self._session.run(self._output_names, fed, self._options))
+        """See `Session.run`."""
+        try:
+            if self._bound is not None:
+                return self._bound.run(*inputs)
+            fed = dict(zip(self._input_names, inputs, strict=True))
+            return tuple(self._session.run(self._output_names, fed, self._options))
+        except Exception as error:
+            if self.provider != "cpu" and cuda.is_lost(str(error)):
+                raise DeviceLostError(f"The GPU has failed, and this process with it: {_first_line(error)}") from error
+            raise
 
 
 class ClassifierSession(OnnxSession):
     """A session over a bundle's graph: uint8 `[n, height, width, 3]` to float32 probabilities `[n, classes]`."""
 
-    def __init__(self, path: Path, device: Device, threads: int, engines: tensorrt.Engines | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        threads: int,
+        engines: tensorrt.Engines | None = None,
+        gpu: cuda.Cuda | None = None,
+    ) -> None:
         """Load the graph at `path`, as any.
 
         Raises:
             BundleError: the file is not a graph that ONNX Runtime can load, or lacks the bundle's input or output.
             SettingsError: `device` is cuda or tensorrt and the graph does not run there.
         """
-        super().__init__(path, device, threads, engines)
+        super().__init__(path, device, threads, engines, gpu)
         _expect(self.inputs, INPUT_NAME, "UINT8", path)
         # Nobody asks for the energy yet. It is computed all the same: at most 1 µs of 98 with the smallest network.
         self.outputs = tuple(spec for spec in self.outputs if spec.name != ENERGY_NAME)
@@ -122,7 +193,14 @@ class ClassifierSession(OnnxSession):
         return cast(NDArray[np.float32], self.run(pixels)[0])
 
 
-def _create(path: Path, device: Device, threads: int, engines: tensorrt.Engines) -> Any:
+def _run_options() -> Any:
+    options = runtime.load().RunOptions()
+    # Else every row that a graph does not take is a line on standard error too, in colours; the error says it.
+    options.log_severity_level = 4
+    return options
+
+
+def _create(path: Path, device: Device, threads: int, engines: tensorrt.Engines, gpu: cuda.Cuda) -> Any:
     ort = runtime.load()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -136,6 +214,10 @@ def _create(path: Path, device: Device, threads: int, engines: tensorrt.Engines)
     if CUDA in providers:
         ort.preload_dlls()
     given: list[str | tuple[str, dict[str, str]]] = list(providers)
+    if CUDA in providers:
+        # Behind TensorRT it has parts of a graph, and launches are recorded of whole ones.
+        own = dataclasses.replace(gpu, graphs=gpu.graphs and device != "tensorrt")
+        given[providers.index(CUDA)] = (CUDA, cuda.options(own))
     if device == "tensorrt":
         given[0] = (tensorrt.PROVIDER, _tensorrt_options(ort, path, engines))
     try:

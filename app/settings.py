@@ -102,6 +102,23 @@ class Settings(BaseModel):
     tensorrt_fp16: bool = Field(
         default=False, description="Let TensorRT compute in half precision; the golden answers must still come out."
     )
+    cuda_search: Literal["exhaustive", "heuristic", "default"] = Field(
+        default="exhaustive",
+        description="How cuDNN chooses algorithms: try all for each batch size at load, by a rule, or one for all.",
+    )
+    cuda_nhwc: bool = Field(default=False, description="Let convolutions run on channels-last tensors in CUDA.")
+    cuda_tf32: bool = Field(
+        default=True, description="Let CUDA round float32 products to TF32; the golden answers must still come out."
+    )
+    cuda_graphs: bool = Field(
+        default=False, description="Record the launches of each batch size once and replay them: for small networks."
+    )
+    cuda_memory_mb: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="GPU memory for each session's tensors, in millions of bytes; 0: all.",
+    )
     sessions: int = Field(
         default=0,
         ge=0,

@@ -45,6 +45,7 @@ from app.loading import LoadedModel, manifest_of
 from app.manifest import Manifest
 from app.metrics import Metrics
 from app.pages import create_shared, open_common, open_engines, open_shared
+from app.sessions import PlainSession
 from app.settings import Settings
 from app.tensors import Array, TensorSpec
 from benchmarks.peers.load import measure, require_wrk
@@ -83,7 +84,7 @@ class Device:
         time.sleep(max(0.0, until - time.monotonic()))
 
 
-class Asleep:
+class Asleep(PlainSession):
     """A session on such a device; its scores are all alike."""
 
     provider = "cpu"

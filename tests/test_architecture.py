@@ -46,6 +46,8 @@ FLOORS = {
     "app.drift": 3,
     "app.families": 1,
     "app.gpu": 3,
+    "app.binding": 1,
+    "app.cuda": 0,
     "app.metrics": 2,
     "app.vitals": 6,
     "app.cluster": 8,

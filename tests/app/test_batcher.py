@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.batcher import Batcher, Job, Line, Runs
-from app.errors import InferenceError, UnavailableError
+from app.errors import DeviceLostError, InferenceError, UnavailableError
 from app.metrics import Metrics
+from app.probes import has_lost_its_device, is_stuck
+from app.sessions import PlainSession
 from tests.app.engines import EngineHere, no_socket_is_left  # noqa: F401
 
 FOREVER = float("inf")
 
 
-class EchoSession:
+class EchoSession(PlainSession):
     """Answers each row with its own first pixel value, so that a swapped answer shows; can be held or made to fail."""
 
     provider = "cpu"
@@ -352,6 +354,60 @@ def test_many_clients_with_cancellations_each_get_their_own_answer_once(over):
 
         await asyncio.gather(*(client(number) for number in range(400)))
         await until(lambda: batcher._line.rows == 0)
+        await close(batcher)
+
+    asyncio.run(scenario())
+
+
+class LostSession(PlainSession):
+    """A device that breaks for ever when it sees a certain row."""
+
+    provider = "cuda"
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.runs = 0
+
+    def run(self, pixels):
+        self.runs += 1
+        self.lost = self.lost or 13 in pixels[:, 0, 0, 0]
+        if self.lost:
+            raise DeviceLostError("The GPU has failed.")
+        return (np.array([[row] for row in pixels[:, 0, 0, 0].tolist()], np.float32),)
+
+
+def test_a_lost_device_is_told_at_once_and_makes_the_process_one_that_cannot_go_on(over):
+    async def scenario():
+        session = LostSession()
+        runs = await over(session, max_batch=4)
+        assert await answer(runs, 1) == [1]
+        told = await asyncio.gather(*(answer(runs, value) for value in (2, 13, 3)), return_exceptions=True)
+        assert {type(error) for error in told} <= {DeviceLostError, UnavailableError}
+        assert session.runs == 2, "what a device that is lost has been asked is not asked again"
+        with pytest.raises(UnavailableError):
+            await answer(runs, 4)
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_device_is_a_run_without_an_end():
+    async def scenario():
+        batcher = Batcher(
+            [LostSession()],
+            max_batch=4,
+            linger_s=0,
+            loop=asyncio.get_running_loop(),
+            metrics=Metrics().for_model("m", "1"),
+        )
+        await answer(batcher, 1)
+        assert batcher.running_since == 0
+        for _ in range(2):
+            with pytest.raises(DeviceLostError):
+                await answer(batcher, 13)
+            assert has_lost_its_device(time.monotonic() - batcher.running_since)
+        assert is_stuck(time.monotonic() - batcher.running_since, 0.0)
+        assert not is_stuck(1e6, 0.0)
         await close(batcher)
 
     asyncio.run(scenario())

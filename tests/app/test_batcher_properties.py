@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from app.batcher import Batch, Batcher, Job, _run
 from app.errors import InferenceError
 from app.metrics import Metrics
+from app.sessions import PlainSession
 
 MAX_BATCH = 5
 CURSED = 255
@@ -23,7 +24,7 @@ class Clock:
         return self.now
 
 
-class EchoSession:
+class EchoSession(PlainSession):
     """Answers each row with its own number; a batch with a cursed row fails as a whole."""
 
     provider = "cpu"

@@ -17,6 +17,7 @@ from app.cluster.slab import SMALLEST_ROOM, SlabFullError, create_slab, packed_b
 from app.cluster.wire import NUMBER, PACKET_BYTES, Kind, Packets, recorded, records_of
 from app.errors import BundleError, QueueFullError, SettingsError, UnavailableError
 from app.metrics import Metrics
+from app.sessions import PlainSession
 from app.tensors import DATATYPES
 from app.tracing import Tracer
 from app.workers import gpu_of
@@ -263,7 +264,7 @@ def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-class WideSession:
+class WideSession(PlainSession):
     provider = "cpu"
 
     def run(self, pixels):

@@ -25,11 +25,12 @@ from app.errors import (
 from app.images import decode
 from app.loading import LoadedModel
 from app.metrics import Metrics
+from app.sessions import PlainSession
 from app.tickets import Ticket
 from tests.bundles import COLOURS, encode, make_bundle, noise_image, plain_image
 
 
-class HeldSession:
+class HeldSession(PlainSession):
     """Runs only when its gate is open; answers with the mean of each row, so that order shows."""
 
     provider = "cpu"

@@ -45,7 +45,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         kept.append(SimpleNamespace(providers=providers, enable_fallback=enable_fallback, entries=entries))
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
         return SimpleNamespace(
-            get_providers=lambda: names, get_inputs=made.get_inputs, get_outputs=made.get_outputs, run=made.run
+            get_providers=lambda: names,
+            get_inputs=made.get_inputs,
+            get_outputs=made.get_outputs,
+            run=made.run,
+            io_binding=made.io_binding,
+            run_with_iobinding=made.run_with_iobinding,
         )
 
     fake = SimpleNamespace(
@@ -115,7 +120,7 @@ def test_a_session_asks_for_tensorrt_then_cuda_and_nothing_else(asked, bundle, t
     session = ClassifierSession(bundle.model_path, "tensorrt", 1, Engines(8, str(tmp_path / "cache"), fp16=True))
     assert session.provider == "tensorrt"
     [made] = asked
-    (first, options), second = made.providers
+    (first, options), (second, _) = made.providers
     assert (first, second) == (PROVIDER, CUDA)
     assert made.enable_fallback is False
     assert made.entries == {"session.disable_cpu_ep_fallback": "1"}
