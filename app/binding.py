@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app import runtime
 from app.tensors import VARIABLE, Array, TensorSpec
 
 GRAPH_ID = "gpu_graph_id"
@@ -117,15 +118,15 @@ class Bound:
     def _recorded(
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], size: int, options: Any, device: str
     ) -> Callable[[int], None]:
-        from onnxruntime import OrtValue
-
         binding = self._session.io_binding()
         options.add_run_config_entry(GRAPH_ID, str(size))
 
         def bound(specs: Sequence[TensorSpec], buffers: Sequence[Array], bind: Callable[[str, Any], None]) -> list[Any]:
             values = []
             for spec, buffer in zip(specs, buffers, strict=True):
-                value = OrtValue.ortvalue_from_shape_and_type((size, *spec.shape[1:]), buffer.dtype.type, device, 0)
+                value = runtime.load().OrtValue.ortvalue_from_shape_and_type(
+                    (size, *spec.shape[1:]), buffer.dtype.type, device, 0
+                )
                 bind(spec.name, value)
                 values.append(value)
             return values

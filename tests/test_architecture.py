@@ -46,7 +46,7 @@ FLOORS = {
     "app.drift": 3,
     "app.families": 1,
     "app.gpu": 3,
-    "app.binding": 1,
+    "app.binding": 2,
     "app.cuda": 0,
     "app.metrics": 2,
     "app.vitals": 6,
