@@ -118,7 +118,7 @@ class Bound:
     def _recorded(
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], size: int, options: Any, device: str
     ) -> Callable[[int], None]:
-        binding = self._session.io_binding()
+        binding, make = self._session.io_binding(), runtime.load().OrtValue.ortvalue_from_shape_and_type
         options.add_run_config_entry(GRAPH_ID, str(size))
 
         def bound(specs: Sequence[TensorSpec], buffers: Sequence[Array], bind: Callable[[str, Any], None]) -> list[Any]:
