@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-engines training lint format bench bench-peers bench-survival contract dashboards watch-check networks kubectl policies training-job image image-check image-lock clean
+.PHONY: help run test test-engines training lint format bench bench-peers bench-gpu bench-survival contract dashboards watch-check networks kubectl policies training-job image image-check image-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench: $(VENV)/.dev ## measure the service here: throughput, latency, and agains
 
 bench-peers: $(VENV)/.dev $(PEERS)/.installed ## measure the service beside LitServe, mosec and Triton, in turns; needs wrk
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-gpu: $(VENV)/.dev ## measure a GPU, and the service on it: half an hour; needs a GPU, wrk and, beside .venv, the extra gpu (ARGS="--only one")
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 bench-survival: $(VENV)/.dev ## overload, leaving clients, kills, signals, quotas and two soaks: 45 minutes (ARGS="--only overload")
 	$(BIN)/python -m benchmarks.survival $(ARGS)

@@ -124,9 +124,7 @@ class Bound:
         def bound(specs: Sequence[TensorSpec], buffers: Sequence[Array], bind: Callable[[str, Any], None]) -> list[Any]:
             values = []
             for spec, buffer in zip(specs, buffers, strict=True):
-                value = runtime.load().OrtValue.ortvalue_from_shape_and_type(
-                    (size, *spec.shape[1:]), buffer.dtype.type, device, 0
-                )
+                value = make((size, *spec.shape[1:]), buffer.dtype.type, device, 0)
                 bind(spec.name, value)
                 values.append(value)
             return values

@@ -32,14 +32,19 @@ def require_wrk() -> str:
 
 
 def measure(
-    url: str, images: Sequence[Path], connections: int, seconds: float, headers: Mapping[str, str] = NO_HEADERS
+    url: str,
+    images: Sequence[Path],
+    connections: int,
+    seconds: float,
+    headers: Mapping[str, str] = NO_HEADERS,
+    threads: int = 1,
 ) -> Figures:
     """Post the images, or whatever else is in the files, in turns.
 
     Raises:
         LoadError: an answer was not 200, or a connection broke: what answers wrongly is not measured.
     """
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s", "--latency"]
+    command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s", "--latency"]
     command += [word for name, value in headers.items() for word in ("-H", f"{name}: {value}")]
     command += ["-s", str(SCRIPT), url, "--", *map(str, images)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=False)

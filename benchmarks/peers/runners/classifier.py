@@ -5,6 +5,7 @@ where the task says so, the function that decodes.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
@@ -15,6 +16,9 @@ from PIL import Image
 from task import Task
 
 TOP = 5
+CPU = "CPUExecutionProvider"
+PROVIDER = "PEER_PROVIDER"
+"""Another provider of ONNX Runtime, for benchmarks/gpu.py."""
 Answer = dict[str, Any]
 Decode = Callable[[bytes], np.ndarray]
 
@@ -29,7 +33,7 @@ class Classifier:
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self.session = ort.InferenceSession(
-            str(task.bundle / manifest["model"]["file"]), options, providers=["CPUExecutionProvider"]
+            str(task.bundle / manifest["model"]["file"]), options, providers=[os.environ.get(PROVIDER, CPU)]
         )
         self.warm(task.batch, (manifest["pixels"]["height"], manifest["pixels"]["width"], 3))
 
