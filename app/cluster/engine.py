@@ -22,7 +22,7 @@ import numpy as np
 
 from app import logs
 from app.batcher import Job, Runs
-from app.cluster.slab import Slab, create_slab, packed_bytes
+from app.cluster.slab import SMALLEST_ROOM, Slab, create_slab, packed_bytes
 from app.cluster.wire import (
     NUMBER,
     REPLY,
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 SHOWN_GONE = 5
 """Models that are closed, and whose numbers are still shown: Prometheus should see their last ones."""
-REASON_LENGTH = 4000
+REASON_LENGTH, REASON_BYTES = 4000, SMALLEST_ROOM - 256
 
 
 class _Opened:
@@ -278,8 +278,7 @@ class _Front:
         if job.waiting_rows and answer.opened.batcher is not None:
             answer.opened.batcher.abandon(job)
         status = Status.CLOSED if isinstance(error, UnavailableError) else Status.FAILED
-        reason = error.message if isinstance(error, ConvoyError) else str(error)
-        self._slab.pack(answer.room, (np.array([reason[:REASON_LENGTH]], object),))
+        self._write_reason(answer.room, error.message if isinstance(error, ConvoyError) else str(error))
         self._end(answer, job, status)
 
     def _end(self, answer: _Answer, job: Job, status: Status) -> None:
@@ -336,15 +335,21 @@ class _Front:
                 answer,
                 answer,
             )
-        except UnavailableError as error:
+        except (UnavailableError, ValueError) as error:
             del self._answers[request.number]
-            self._refuse(request, error.message)
+            self._refuse(request, str(error))
 
     def _refuse(self, request: Request, reason: str) -> None:
         if self._slab is not None:
-            self._slab.pack(request.room, (np.array([reason], object),))
+            self._write_reason(request.room, reason)
             for packet in recorded(Kind.ANSWERS, REPLY, [Reply(request.number, Status.CLOSED, 0.0, 0.0)]):
                 self._packets.send(packet)
+
+    def _write_reason(self, room: int, reason: str) -> None:
+        """Write a sentence into a room, as much of it as fits into the smallest one."""
+        if self._slab is not None:
+            text = reason.encode()[:REASON_BYTES].decode(errors="ignore")
+            self._slab.pack(room, (np.array([text], object),))
 
     def _give_up(self, number: int) -> None:
         answer = self._answers.get(number)

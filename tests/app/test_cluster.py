@@ -15,7 +15,7 @@ from app.batcher import Batcher
 from app.cluster.engine import EngineProcess
 from app.cluster.slab import SMALLEST_ROOM, SlabFullError, create_slab, packed_bytes, packed_bytes_of
 from app.cluster.wire import NUMBER, PACKET_BYTES, Kind, Packets, recorded, records_of
-from app.errors import BundleError, QueueFullError, SettingsError, UnavailableError
+from app.errors import BundleError, InferenceError, QueueFullError, SettingsError, UnavailableError
 from app.metrics import Metrics
 from app.sessions import PlainSession
 from app.tensors import DATATYPES
@@ -315,6 +315,32 @@ def test_a_slab_without_room_is_an_overload(tmp_path, monkeypatch):
             runs.submit((rows(3),), 1, FOREVER)
         session.gate.set()
         assert await asyncio.gather(*jobs) == [[1], [2]]
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+class TalkativeSession(PlainSession):
+    provider = "cpu"
+
+    def run(self, pixels):
+        if 13 in pixels[:, 0, 0, 0]:
+            raise RuntimeError("ü" * 100_000)
+        return (pixels[:, 0, 0, :1].astype(np.float32),)
+
+
+def test_a_long_reason_stays_within_its_room(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(TalkativeSession(), max_batch=1))
+        runs = (await here.opened()).batcher
+        values = [1, 13, 2, 13, 3]
+        found = await asyncio.gather(*(answer(runs, value) for value in values), return_exceptions=True)
+        for value, result in zip(values, found, strict=True):
+            if value == 13:
+                assert isinstance(result, InferenceError) and result.message.endswith("ü" * 100)
+                assert len(result.message.encode()) < SMALLEST_ROOM
+            else:
+                assert result == [value]
         await close(runs)
 
     asyncio.run(scenario())
