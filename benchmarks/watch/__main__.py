@@ -236,12 +236,14 @@ def _break(prometheus: Prometheus, name: str, way: Broken) -> dict[str, Any]:
             time.sleep(10)
             early = prometheus.firing(job) & way.alerts
             assert not early, f"{early} fired before anything was broken"
+            began = time.monotonic()  # some ways take a while, and are seen before they are done
             with way.breaking(server, models):
-                fired = wait_until(
+                wait_until(
                     lambda: way.alerts <= prometheus.firing(job),
                     PATIENCE_S,
                     f"of {sorted(way.alerts)} only {sorted(prometheus.firing(job))} fired",
                 )
+                fired = time.monotonic() - began
             also = sorted(prometheus.firing(job) - way.alerts - {"ConvoyDrift"})
             resolved = wait_until(
                 lambda: not way.alerts & prometheus.firing(job),

@@ -73,6 +73,13 @@ def more_clients_than_room(server: Server, models: Path) -> Iterator[None]:
 
 
 @contextmanager
+def crowd(server: Server, models: Path) -> Iterator[None]:
+    """Have as many clients ask as there is room for, whose line is longer than the promised time."""
+    with load(server.url, rate=None, connections=200):
+        yield
+
+
+@contextmanager
 def pauses(server: Server, models: Path) -> Iterator[None]:
     """Stop the process for most of each second, as a machine that is overcommitted does."""
     ended = threading.Event()
@@ -117,6 +124,7 @@ WAYS: dict[str, Broken] = {
     "refusals": Broken(
         frozenset({"ConvoyErrorBudgetBurn", "ConvoyRefusing"}), {"max_inflight_images": 1}, more_clients_than_room
     ),
+    "crowd": Broken(frozenset({"ConvoyLatencyBudgetBurn"}), {"slo_ms": 10}, crowd),
     # Who is kept waiting by a process that stands still has not been seen by it yet, so few requests count as slow.
     "pauses": Broken(frozenset({"ConvoyEventLoopLate"}), {}, pauses),
     "killed-workers": Broken(frozenset({"ConvoyRestarts"}), {"workers": 2}, killed_workers),
