@@ -78,7 +78,7 @@ class Link:
         self._requests: list[Request] = []
         self._given_up: list[tuple[int]] = []
         self._flushing = False
-        self._opening: dict[int, Callable[[Any], None]] = {}
+        self._opening: dict[int, list[Callable[[Any], None]]] = {}
         self._batches: dict[int, RunMarks] = {}
         descriptor, self.slab = create_slab()
         self._packets = Packets(connection, self._take, self._lost)
@@ -91,8 +91,10 @@ class Link:
 
     def open(self, token: int, name: str, version: str, directory: Path, told: Callable[[Any], None]) -> None:
         """Have the engine open a version; `told` gets what it says, or None when it is gone."""
-        self._opening[token] = told
-        self._packets.send(spoken(Kind.OPEN, token, [name, version, str(directory)]))
+        asked = self._opening.setdefault(token, [])
+        asked.append(told)
+        if len(asked) == 1:  # else it does so already: an engine may come while a model is asked for again
+            self._packets.send(spoken(Kind.OPEN, token, [name, version, str(directory)]))
 
     def close_model(self, token: int) -> None:
         """Have the engine close a version."""
@@ -172,7 +174,8 @@ class Link:
                 self._note([Share(*record) for record in records_of(SHARE, packet)])
             case Kind.OPENED:
                 token, said = heard(packet)
-                self._opening.pop(token)(said)
+                for told in self._opening.pop(token, []):
+                    told(said)
             case Kind.LARGE:
                 number, size = heard(packet)
                 extra = Slab(descriptors[0], size)
@@ -242,9 +245,10 @@ class Link:
         self._links.lose(self)
         pending, self._pending = self._pending, {}
         self._number_of.clear()
-        for told in list(self._opening.values()):
-            told(None)
-        self._opening.clear()
+        opening, self._opening = self._opening, {}
+        for asked in opening.values():
+            for told in asked:
+                told(None)
         for request in pending.values():
             request.batcher.ended()
             if not request.job.answer.done():

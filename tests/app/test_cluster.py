@@ -288,6 +288,25 @@ def test_scores_that_do_not_fit_into_their_room_come_in_memory_of_their_own(tmp_
     asyncio.run(scenario())
 
 
+def test_a_model_that_is_asked_for_twice_at_once_is_opened_once(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(EchoSession()))
+        links = here.front()
+        [link] = links._links
+        told: list[str] = []
+        for name in ("one", "other"):
+            link.open(77, "m", "1", tmp_path, lambda said, name=name: told.append(f"{name}: {said['provider']}"))
+        await until(lambda: len(told) == 2)
+        assert told == ["one: cpu", "other: cpu"]
+        [opened] = here.engine._models.values()
+        assert opened.users == 1
+        link.close_model(77)
+        await until(lambda: not here.engine._models)
+        links.close()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("fault", [BundleError("it is broken"), SettingsError("no such device"), RuntimeError("odd")])
 def test_why_a_model_cannot_be_opened_is_told_as_in_one_process(tmp_path, fault):
     async def scenario():
