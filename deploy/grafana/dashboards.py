@@ -193,6 +193,9 @@ BATCHING = Dashboard("convoy-batching", "Convoy: batching", {
               {"{{le}}": rate("convoy_batch_size_bucket", "le")}, "heatmap"),
         Panel("Runs by rows", "Session runs a second.", "ops",
               {"{{rows}}": rate("convoy_batches_total", "rows")}, stacked=True),
+        Panel("Padding", "Rows that a GPU runs for nobody, beside each image: batches are filled up.", "percentunit", {
+            "{{model}}": ratio(rate("convoy_padding_rows_total", "model"), rate("convoy_images_total", "model")),
+        }),
         Panel("Time of a run", "Mean, by its rows.", "s", {
             "{{model}}: {{rows}}": ratio(rate("convoy_batch_seconds_total", "model, rows"),
                                          rate("convoy_batches_total", "model, rows")),
@@ -239,8 +242,10 @@ RESOURCES = Dashboard("convoy-resources", "Convoy: resources", {
               {"{{instance}}": of_convoy("sum", f"process_resident_memory_bytes{{{INSTANCE}}}")}),
         Panel("Open files and connections", "As a share of how many a process may have.", "percentunit",
               {"{{instance}}": of_convoy("max", f"process_open_fds{{{INSTANCE}}} / process_max_fds")}),
-        Panel("Processes by state", "Those that serve.", "none",
-              {"{{state}}": f"sum by (state) (convoy_workers{{{INSTANCE}}})"}, stacked=True),
+        Panel("Processes by state", "Those that serve, and engines, if there are any.", "none", {
+            "{{state}}": f"sum by (state) (convoy_workers{{{INSTANCE}}})",
+            "engine, {{state}}": f"sum by (state) (convoy_engines{{{INSTANCE}}})",
+        }, stacked=True),
         Panel("Restarts", "Of processes, within an hour.", "none",
               {"{{instance}}": of_convoy("sum", f"changes(process_start_time_seconds{{{INSTANCE}}}[1h])")}),
         Panel("Workers that ended", "Without being told to, within the dashboard's time span.", "none", {
