@@ -69,13 +69,14 @@ COPY training training
 RUN python -m pip --python /opt/convoy/bin/python install --root /staged-train --no-build-isolation .
 
 
-# PyTorch looks for tools around it, so this image keeps the base's system, but not the tools that install: those serve
-# intruders, and are noise for a scanner. Deleted by hand, since Debian's pip does not uninstall itself. torchrun is beside
-# convoy-train.
+# PyTorch looks for tools around it, so this image keeps the base's system, but not the tools that install, nor the right
+# to become another user: those serve intruders, and are noise for a scanner. Deleted by hand, since Debian's pip does not
+# uninstall itself. torchrun is beside convoy-train.
 FROM ${PYTHON_IMAGE} AS train
 RUN rm -rf "$(python -c 'import ensurepip; print(ensurepip.__path__[0])')" \
         "$(python -c 'import pip; print(pip.__path__[0])')"* \
-        "$(dirname "$(command -v pip)")"/pip*
+        "$(dirname "$(command -v pip)")"/pip* && \
+    find / -xdev -type f -perm /6000 -exec chmod ug-s {} +
 ENV PATH=/opt/convoy/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

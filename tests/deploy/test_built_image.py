@@ -1,4 +1,5 @@
 """The image, built and run: what is in it, that it answers as anybody on a root that cannot be written, that it drains.
+The one that trains: that it trains so, alone and as two processes.
 
 Only where it is asked for, since a build takes minutes: `make image-check`. A container is stood in for by what one is
 made of: mount and PID namespaces, the image's own root, environment and command, no privilege to gain.
@@ -14,16 +15,18 @@ import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import pytest
 
 from app import __version__
 from tests.collector import collecting
+from tests.deploy.run_training_job import draw_images
 
 DIRECTORY = os.environ.get("CONVOY_IMAGE_CHECK", "")
 NEEDED = ("buildah", "mmdebstrap", "container-structure-test", "syft", "unshare", "nsenter", "setpriv")
@@ -34,9 +37,12 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and Debian's tools want root here"),
 ]
 TARGET = os.environ.get("CONVOY_IMAGE_TARGET", "cpu")
+SERVES = pytest.mark.skipif(TARGET == "train", reason="the image that trains serves nothing, and keeps Debian's system")
+TRAINS = pytest.mark.skipif(TARGET != "train", reason="only the image for training trains")
 SOMEBODY = 54321
 # The images without their models: what a pull takes must not grow unnoticed.
-LARGEST_MB = {"cpu": 330, "gpu": 3000}
+LARGEST_MB = {"cpu": 330, "gpu": 3000, "train": 6000}
+FOR_ALL_TO_WRITE = {"cpu": {"tmp"}, "gpu": {"tmp"}, "train": {"tmp", "run/lock", "var/tmp"}}
 SHELLS = {"sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "mksh", "rbash", "tcsh", "toybox", "zsh"}
 
 # As a container's runtime does it: only these devices, Docker's 64 MB of shared memory, a root that nobody writes to.
@@ -53,10 +59,11 @@ done
 mkdir "$ROOT/dev/shm"
 mount -t tmpfs -o size=64m,mode=1777 tmpfs "$ROOT/dev/shm"
 mount -o remount,bind,ro "$ROOT/dev"
-if [ -n "$VOLUME" ]; then
-    mount --bind "$VOLUME" "$ROOT/models"
-    mount -o remount,bind,ro "$ROOT/models"
-fi
+printf '%s' "$VOLUMES" | while read -r mode place volume; do
+    mkdir -p "$ROOT$place"
+    mount --bind "$volume" "$ROOT$place"
+    mount -o "remount,bind,$mode" "$ROOT$place"
+done
 mount -o remount,bind,ro "$ROOT"
 exec setpriv --no-new-privs env PATH="$INSIDE" /usr/sbin/chroot --userspec=$SOMEBODY:$SOMEBODY --groups= "$ROOT" "$@"
 """
@@ -139,6 +146,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def contained(
+    image: Image, *command: str, volumes: Mapping[str, Path] = MappingProxyType({}), writable: tuple[str, ...] = ()
+) -> list[str]:
+    """Return what runs a program of the image as a container's runtime would; volumes by their place inside."""
+    mounts = "".join(f"{'rw' if place in writable else 'ro'} {place} {volume}\n" for place, volume in volumes.items())
+    path = [image.root / folder.lstrip("/") / command[0] for folder in image.environment["PATH"].split(":")]
+    program = next(f"/{found.relative_to(image.root)}" for found in path if found.exists())
+    known = f"ROOT={image.root}\nVOLUMES='{mounts}'\nSOMEBODY={SOMEBODY}"
+    script = f"{known}\nINSIDE=$PATH\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\n{CONTAINER}"
+    separate = [shutil.which("unshare"), "--mount", "--pid", "--fork", "--kill-child"]
+    return [*separate, "/bin/sh", "-c", script, "sh", program, *command[1:]]
+
+
 @contextmanager
 def running(image: Image, log: Path, volume: Path | None = None, **settings: object) -> Iterator[Container]:
     """Run the image until the block ends, from when it is ready; a volume is mounted over its models."""
@@ -151,17 +171,11 @@ def running(image: Image, log: Path, volume: Path | None = None, **settings: obj
     if TARGET == "gpu":
         environment["CONVOY_DEVICE"] = "cpu"  # here is no driver; what is proved is that all else is there
     environment |= {f"CONVOY_{name.upper()}": str(value) for name, value in settings.items()}
-    command = [*image.config["Entrypoint"], *image.config["Cmd"]]
-    command[0] = str(Path(image.environment["PATH"]) / command[0])
-    known = f"ROOT={image.root}\nVOLUME={volume or ''}\nSOMEBODY={SOMEBODY}"
-    script = f"{known}\nINSIDE=$PATH\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\n{CONTAINER}"
+    volumes = {"/models": volume} if volume else {}
+    command = contained(image, *image.config["Entrypoint"], *image.config["Cmd"], volumes=volumes)
     started = time.monotonic()
     with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [shutil.which("unshare"), "--mount", "--pid", "--fork", "--kill-child",
-             "/bin/sh", "-c", script, "sh", *command],
-            env=environment, stderr=stderr, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = subprocess.Popen(command, env=environment, stderr=stderr, stdout=subprocess.DEVNULL)
     container = Container(image, f"http://127.0.0.1:{port}", log, process, environment)
     try:
         deadline = time.monotonic() + 240
@@ -206,7 +220,7 @@ class Client(threading.Thread):
 def test_structure(image, root):
     checked = subprocess.run(
         ["container-structure-test", "test", "--driver", "tar", "--image", image.archive,
-         "--config", root / "tests/deploy/structure.yaml"],
+         "--config", root / f"tests/deploy/structure{'-train' if TARGET == 'train' else ''}.yaml"],
         capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -221,16 +235,19 @@ def test_labels_tell_what_it_is_made_of(image, root):
     assert labels["base.name"].startswith("localhost/python-base:")
 
 
+@SERVES
 def test_health_check_is_kept(image):
     """container-structure-test has no word for it."""
     assert image.config["Healthcheck"]["Test"] == ["CMD", "convoy", "health"]
     assert image.config["Healthcheck"]["StartPeriod"] == 120 * 10**9
 
 
+@SERVES
 def test_no_shell_under_any_path(image):
     assert [path for path in image.root.rglob("*") if path.name in SHELLS] == []
 
 
+@SERVES
 def test_no_program_but_python_and_what_convoy_brings(image):
     programs = {
         str(path.relative_to(image.root))
@@ -244,16 +261,21 @@ def test_no_program_but_python_and_what_convoy_brings(image):
 
 def test_nobody_gains_a_right_and_nothing_is_for_all_to_write(image):
     files = [path for path in image.root.rglob("*") if not path.is_symlink()]
-    assert [path for path in files if path.stat().st_mode & 0o6000] == []
-    assert [path for path in files if path.stat().st_mode & 0o002] == [image.root / "tmp"]
+    assert [path for path in files if path.is_file() and path.stat().st_mode & 0o6000] == []
+    for_all = {str(path.relative_to(image.root)) for path in files if path.stat().st_mode & 0o002}
+    assert {name for name in for_all if not name.startswith("dev/")} == FOR_ALL_TO_WRITE[TARGET]
     # The image's user owns nothing either: even on a root that is writable nobody changes what runs next.
-    assert [path for path in files if (path.lstat().st_uid, path.lstat().st_gid) != (0, 0)] == []
+    ours = [path for path in files if TARGET != "train" or path.is_relative_to(image.root / "opt")]
+    assert [path for path in ours if (path.lstat().st_uid, path.lstat().st_gid) != (0, 0)] == []
+    assert [path for path in files if 10001 in (path.lstat().st_uid, path.lstat().st_gid)] == []
     assert {name for name in image.attributes if "capability" in name} == set()
 
 
 def test_anybody_reads_everything(image):
     """Clusters choose the user's number themselves, with no group in common."""
-    for path in image.root.rglob("*"):
+    # Debian's system has secrets of root's own, such as /etc/shadow.
+    places = ["."] if TARGET != "train" else ["opt", "models", "usr/lib", "usr/bin"]
+    for path in (path for place in places for path in (image.root / place).rglob("*")):
         mode = path.lstat().st_mode
         assert path.is_symlink() or mode & (0o005 if path.is_dir() else 0o004) in (0o004, 0o005), path
 
@@ -262,9 +284,13 @@ def test_bill_of_materials_names_what_is_inside(image):
     bill = json.loads(image.archive.with_suffix("").with_suffix(".sbom.json").read_text())
     assert bill["bomFormat"] == "CycloneDX"
     names = {component["name"] for component in bill["components"]}
-    runtime = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}[TARGET]
-    assert {runtime, "fastapi", "numpy", "opentelemetry-sdk", "convoy-serve", "libc6", "libstdc++6"} <= names
-    assert not {"pip", "setuptools", "bash", "perl-base", "apt", "torch"} & names
+    assert {"numpy", "convoy-serve", "libc6", "libstdc++6"} <= names
+    if TARGET == "train":
+        assert {"onnxruntime", "onnx", "torch", "triton", "nvidia-nccl-cu13"} <= names
+        assert "pip" not in names
+    else:
+        assert {{"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}[TARGET], "fastapi", "opentelemetry-sdk"} <= names
+        assert not {"pip", "setuptools", "bash", "perl-base", "apt", "torch"} & names
 
 
 def test_size(image):
@@ -274,6 +300,7 @@ def test_size(image):
     assert (whole - models) / 1e6 < LARGEST_MB[TARGET]
 
 
+@SERVES
 def test_driver_of_the_host_is_found_where_it_is_mounted(image, tmp_path):
     """As NVIDIA's toolkit makes it so: the host's ldconfig, in the image's root, after a list of the driver's folders.
 
@@ -305,6 +332,28 @@ def test_cuda_is_whole_but_for_the_driver(image):
     assert loaded.stderr.splitlines()[-1].startswith(b"OSError: libcuda.so.1: cannot open shared object file")
 
 
+@pytest.mark.skipif(TARGET != "gpu", reason="only the image for GPUs asks for one")
+def test_without_a_driver_it_ends_and_does_not_serve_slowly(image):
+    """As it comes, CONVOY_DEVICE=cuda and all, on a machine without a GPU."""
+    ended = subprocess.run(
+        contained(image, *image.config["Entrypoint"], *image.config["Cmd"]),
+        env=image.environment | {"CONVOY_HOST": "127.0.0.1", "CONVOY_PORT": str(free_port())},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert "device is cuda, but" in ended.stderr, ended.stderr
+
+
+@pytest.mark.skipif(TARGET != "gpu", reason="only the image for GPUs can fall back")
+def test_a_fall_back_to_the_processor_is_told_as_it_is(image, tmp_path):
+    with running(image, tmp_path / "log", device="auto") as container:
+        listed = httpx.get(f"{container.url}/models").json()["models"]
+        metrics = httpx.get(f"{container.url}/metrics").text
+    assert {model["provider"] for model in listed} == {"cpu"}
+    assert 'convoy_wanted_device_info{device="cuda"} 1' in metrics, "else the alert has nothing to compare with"
+
+
+@SERVES
 def test_models_that_are_mounted_hide_those_inside(image, tmp_path):
     volume = tmp_path / "models"
     shutil.copytree(image.root / "models/cifar10", volume / "cifar10")
@@ -313,6 +362,7 @@ def test_models_that_are_mounted_hide_those_inside(image, tmp_path):
         assert [model["name"] for model in listed] == ["cifar10"]
 
 
+@SERVES
 def test_traces_reach_a_collector(image, root, tmp_path):
     photo = (root / "examples/photos/coffee.jpg").read_bytes()
     with (
@@ -325,6 +375,7 @@ def test_traces_reach_a_collector(image, root, tmp_path):
     assert {span.resource["service.name"] for span in collector.spans} == {"convoy"}
 
 
+@SERVES
 @pytest.mark.parametrize("workers", [1, 2])
 def test_answers_as_anybody_on_a_read_only_root_and_loses_nothing_when_stopped(image, root, tmp_path, starts, workers):
     photo = (root / "examples/photos/coffee.jpg").read_bytes()
@@ -367,3 +418,69 @@ def test_answers_as_anybody_on_a_read_only_root_and_loses_nothing_when_stopped(i
     assert set(before) == {200}
     # What comes later is answered too, turned away in words, or finds the door shut; it is not cut off half-way.
     assert set(after) <= {200, 503, "ConnectError", "RemoteProtocolError", "ReadError"}
+
+
+@dataclass
+class Bench:
+    """Two volumes: a few drawn images, and where runs and bundles are left."""
+
+    image: Image
+    data: Path
+    out: Path
+
+    def does(self, *command: str) -> subprocess.CompletedProcess:
+        inside = contained(self.image, *command, volumes={"/data": self.data, "/out": self.out}, writable=("/out",))
+        environment = self.image.environment | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.run(inside, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture
+def bench(image, tmp_path) -> Bench:
+    out = tmp_path / "out"
+    out.mkdir()
+    os.chown(out, SOMEBODY, SOMEBODY)
+    return Bench(image, draw_images(tmp_path / "data"), out)
+
+
+@TRAINS
+def test_training_image_says_what_it_can(image, bench):
+    said = bench.does(*image.config["Entrypoint"], *image.config["Cmd"])
+    assert said.returncode == 0, said.stderr
+    assert "train a network by a recipe" in said.stdout
+
+
+@TRAINS
+def test_trains_and_exports_as_anybody_on_a_read_only_root(bench):
+    """Two epochs of drawn images, on a processor, which it says; then a bundle that has proved itself."""
+    small = ["--data=/data", "--name=drawn", "--runs-dir=/out/runs", "--epochs=2", "--batch-size=8"]
+    trained = bench.does("convoy-train", "train", *small)
+    print(trained.stdout)
+    assert trained.returncode == 0, trained.stderr
+    assert "epoch 2/2" in trained.stdout
+    assert "CPU core" in trained.stdout
+    exported = bench.does("convoy-train", "export", "/out/runs/drawn", "--models-dir=/out/models")
+    print(exported.stdout)
+    assert exported.returncode == 0, exported.stderr
+    assert (bench.out / "models/drawn/1").is_dir()
+    assert {path.stat().st_uid for path in bench.out.rglob("*")} == {SOMEBODY}
+
+
+@TRAINS
+def test_no_training_on_a_gpu_that_is_not_there(bench):
+    asked = bench.does("convoy-train", "train", "--data=/data", "--runs-dir=/out/runs", "--device=cuda")
+    assert asked.returncode != 0
+    assert "PyTorch finds no CUDA device here" in asked.stderr
+
+
+@TRAINS
+def test_two_processes_train_together(bench):
+    """By torchrun, as the Job of k8s/components/training has it."""
+    torchrun = ["torchrun", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    trained = bench.does(
+        *torchrun, "-m", "training.cli", "train", "--data=/data", "--name=drawn", "--runs-dir=/out/runs",
+        "--cache-dir=/tmp/cache", "--epochs=1", "--batch-size=8",
+    )  # fmt: skip
+    print(trained.stdout)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("2 processes") == 1
+    assert (bench.out / "runs/drawn").is_dir()
