@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Search = Literal["exhaustive", "heuristic", "default"]
 
 LIBRARY = "libcudart.so.13"
+DRIVER = "libcuda.so.1"
+"""The host's, that NVIDIA's toolkit mounts into containers."""
 # What CUDA says when the context is gone: the process that has it can do nothing more on that device.
 # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
 _LOST = re.compile(
@@ -67,6 +69,18 @@ def batch_sizes(rows: int) -> tuple[int, ...]:
     the next.
     """
     return (*(1 << power for power in range(rows.bit_length()) if 1 << power < rows), rows)
+
+
+def missing_driver() -> str:
+    """Return a sentence that says so where NVIDIA's driver is not found, else nothing.
+
+    ONNX Runtime says it only in its log; its error tells of graph nodes and the processor.
+    """
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        return f"NVIDIA's driver ({DRIVER}) is not found here; a container gets it from the host, if it is given a GPU."
+    return ""
 
 
 def is_lost(reason: str) -> bool:

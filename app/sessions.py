@@ -225,7 +225,8 @@ def _create(path: Path, device: Device, threads: int, engines: tensorrt.Engines,
         return ort.InferenceSession(str(path), options, providers=given, enable_fallback=device not in _STRICT)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes, some straight from pybind11
         if device in _STRICT:
-            raise SettingsError(f"device is {device}, but {path} does not run on it: {_first_line(error)}") from error
+            reason = cuda.missing_driver() or _first_line(error)
+            raise SettingsError(f"device is {device}, but {path} does not run on it: {reason}") from error
         raise BundleError(f"{path} is not a graph that ONNX Runtime can load: {_first_line(error)}") from error
 
 

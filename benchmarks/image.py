@@ -1,9 +1,10 @@
 """What the images weigh, layer by layer, and how long a container takes to be ready.
 
-make image image-check IMAGE_DIR=DIRECTORY
+make image-check IMAGE_DIR=DIRECTORY    # TARGET=gpu, TARGET=train
 python -m benchmarks.image DIRECTORY    # a table, and benchmarks/results/image.json
 
-Reads what these have left there: archives, bills of materials, and the starts that the check has timed.
+Reads what these have left there: archives, bills of materials, and the starts that the check has timed. What was
+measured before of images that are not there stays, since few disks hold all at once.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import IO, Any
 from app.cpus import machine
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/image.json"
 STARTS = "starts.json"
 
 
@@ -27,22 +29,31 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     archives = sorted(directory.glob("convoy-*.tar"))
-    starts = json.loads((directory / STARTS).read_text()) if (directory / STARTS).exists() else {}
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "images": {archive.stem.removeprefix("convoy-"): weighed(archive) for archive in archives},
-        "ready_after_s": starts,
+        "ready_after_s": json.loads((directory / STARTS).read_text()) if (directory / STARTS).exists() else {},
     }
-    (ROOT / "benchmarks/results/image.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if RESULTS.exists():
+        report = upon(json.loads(RESULTS.read_text()), report)
+    RESULTS.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(table(report))
+
+
+def upon(earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with what an earlier one knows of other images; starts of none of them go."""
+    images = earlier["images"] | report["images"]
+    starts = earlier["ready_after_s"] | report["ready_after_s"]
+    return report | {"images": images, "ready_after_s": {name: starts[name] for name in images if name in starts}}
 
 
 def weighed(archive: Path) -> dict[str, Any]:
     """Return what an image and its layers weigh, as they are and as a registry holds them, and how much is listed."""
     with tarfile.open(archive) as whole:
         [manifest] = json.load(whole.extractfile("manifest.json"))
-        steps = json.load(whole.extractfile(manifest["Config"]))["history"]
+        made = json.load(whole.extractfile(manifest["Config"]))
+        steps = made["history"]
         names = [_name(step["created_by"]) for step in steps if not step.get("empty_layer")]
         layers = [
             {"of": name, "mb": _mb(whole.getmember(layer).size), "gzip_mb": _mb(_gzipped(whole.extractfile(layer)))}
@@ -51,6 +62,7 @@ def weighed(archive: Path) -> dict[str, Any]:
     bill = json.loads(archive.with_suffix(".sbom.json").read_text())
     kinds = Counter(part.get("purl", "").partition("/")[0] for part in bill["components"])
     return {
+        "revision": made["config"]["Labels"]["org.opencontainers.image.revision"],
         "mb": round(sum(layer["mb"] for layer in layers), 1),
         "gzip_mb": round(sum(layer["gzip_mb"] for layer in layers), 1),
         "layers": layers,

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from app import runtime, sessions, tensorrt
+from app import cuda, runtime, sessions, tensorrt
 from app.errors import BundleError, SettingsError
 from app.loading import Loader
 from app.manifest import Bundle
@@ -140,6 +140,20 @@ def test_a_session_that_came_out_on_another_provider_is_refused(asked, bundle, m
     monkeypatch.setitem(sessions._NAMES, PROVIDER, "cuda")
     with pytest.raises(SettingsError, match="device is tensorrt, but ONNX Runtime gave a session in cuda"):
         ClassifierSession(bundle.model_path, "tensorrt", 1)
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [("libnobody-has.so.1", r"driver \(libnobody-has\.so\.1\) is not found"), ("libc.so.6", "CPU EP")],
+)
+def test_a_missing_driver_is_named_where_it_is_the_reason(asked, bundle, monkeypatch, driver, said):
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("This session contains graph nodes that are assigned to the default CPU EP")
+
+    monkeypatch.setattr(runtime.load(), "InferenceSession", refused)
+    monkeypatch.setattr(cuda, "DRIVER", driver)
+    with pytest.raises(SettingsError, match=f"device is cuda, but .* does not run on it: .*{said}"):
+        ClassifierSession(bundle.model_path, "cuda", 1)
 
 
 def test_what_is_no_graph_is_the_bundles_fault(asked, tmp_path):

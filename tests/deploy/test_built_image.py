@@ -342,6 +342,7 @@ def test_without_a_driver_it_ends_and_does_not_serve_slowly(image):
     )  # fmt: skip
     assert ended.returncode != 0
     assert "device is cuda, but" in ended.stderr, ended.stderr
+    assert "NVIDIA's driver (libcuda.so.1) is not found here" in ended.stderr, ended.stderr
 
 
 @pytest.mark.skipif(TARGET != "gpu", reason="only the image for GPUs can fall back")
