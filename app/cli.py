@@ -35,6 +35,7 @@ HEALTH_SETTINGS = ("settings", "host", "port", "probe_port", "tls_certificate", 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, 1 for a negative answer, 2 for a fault that the user can mend."""
+    _open_closed_streams()
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -48,6 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _open_closed_streams() -> None:
+    """Open the null device where standard input, output or error is closed, as `2>&-` and some init systems leave them.
+
+    Else the next socket or pipe would be descriptor 0, 1 or 2: processes started from here would take it for their own.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            os.set_inheritable(opened, True)
+            setattr(sys, name, open(opened, mode, closefd=False))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -176,6 +176,31 @@ def test_a_fault_of_the_settings_is_one_sentence_and_no_loop(models, arguments, 
     assert result.stderr.count("\n") == 1, result.stderr
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_nobody_elses(models, closed, tmp_path):
+    port, probe_port = free_port(), free_port()
+    command = f"exec {sys.executable} -m app.cli serve --workers 2 --engines 1 --default-model colours {closed}"
+    environment = {
+        **os.environ, "CONVOY_MODELS": str(models), "CONVOY_PORT": str(port), "CONVOY_PROBE_PORT": str(probe_port)
+    }  # fmt: skip
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(["sh", "-c", command], env=environment, stdout=out, stderr=out)
+    try:
+        wait_for(lambda: process.poll() is not None or _is_ready(probe_port))
+        assert process.poll() is None
+        assert httpx.post(f"http://127.0.0.1:{port}/predict", content=RED).status_code == 200
+    finally:
+        process.terminate()
+        assert process.wait(timeout=15) == 0
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @alone
 def test_the_supervisor_loads_neither_runtime_nor_framework(pair):
     probe = "import sys, app.workers; print(sorted({'fastapi', 'onnxruntime', 'PIL'} & set(sys.modules)))"
