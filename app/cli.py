@@ -62,7 +62,7 @@ def _open_closed_streams() -> None:
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
             os.set_inheritable(opened, True)
-            setattr(sys, name, open(opened, mode, closefd=False))
+            setattr(sys, name, os.fdopen(opened, mode, closefd=False))
 
 
 def _parser() -> argparse.ArgumentParser:
