@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from app.cpus import step_back
 from app.errors import ConvoyError, DeviceLostError, InferenceError, UnavailableError
@@ -347,11 +348,41 @@ class Line:
             self.rows -= job.waiting_rows
 
 
+class Room(Protocol):
+    """Memory for the pixels of one request, where whatever runs them reads them."""
+
+    pixels: NDArray[np.uint8]
+    """To be written before they are submitted, and not to be read after: scores may take their place."""
+
+    def let_go(self) -> None:
+        """Give it back unsubmitted; nobody may write into it any more."""
+        ...
+
+
+class OwnRoom:
+    """Memory of this process."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.pixels = np.empty(shape, np.uint8)
+
+    def let_go(self) -> None:
+        """See `Room.let_go`: nothing has to be done."""
+
+
 class Runs(Protocol):
     """What runs the rows of one model: sessions of this process, or of others."""
 
     parallel: int
     """How many batches run at the same time."""
+
+    def room(self, shape: tuple[int, ...]) -> Room:
+        """Return room for pixels, uint8 of that shape; call on the event loop. Submit it, or let it go.
+
+        Raises:
+            QueueFullError: there is none.
+            UnavailableError: nobody is there to run them.
+        """
+        ...
 
     def submit(
         self,
@@ -362,6 +393,7 @@ class Runs(Protocol):
         kind: Hashable = None,
         answer: Answer | None = None,
         marks: JobMarks | None = None,
+        room: Room | None = None,
     ) -> Job:
         """Put rows in line, to be batched with whatever else of their kind waits. Call on the event loop.
 
@@ -374,12 +406,13 @@ class Runs(Protocol):
                 is one row of a kind that no other has.
             answer: who waits; None: a future, for a task to await.
             marks: of a sampled request.
+            room: where the rows lie, if they do not lie just anywhere.
 
         Returns:
             The job; await its `answer` (one array per output, or InferenceError), and abandon it if you give up.
 
         Raises:
-            UnavailableError: it is closed.
+            UnavailableError: it is closed; the room is still the caller's.
         """
         ...
 
@@ -439,6 +472,10 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
+    def room(self, shape: tuple[int, ...]) -> Room:
+        """See `Runs.room`."""
+        return OwnRoom(shape)
+
     def submit(
         self,
         inputs: tuple[Array, ...],
@@ -448,6 +485,7 @@ class Batcher:
         kind: Hashable = None,
         answer: Answer | None = None,
         marks: JobMarks | None = None,
+        room: Room | None = None,
     ) -> Job:
         """See `Runs.submit`."""
         if self._line.closed:

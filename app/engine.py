@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.admission import Admission
-from app.batcher import DEFAULT_URGENCY, Job
+from app.batcher import DEFAULT_URGENCY, Job, Room
 from app.cpus import step_back
 from app.errors import ConvoyError, TooLargeError
-from app.images import count_pixels, decode
+from app.images import count_pixels, decode, decode_into
 from app.loading import LoadedModel
 from app.manifest import PixelRecipe
 from app.repository import Repository
@@ -183,14 +183,16 @@ class LocalEngine:
         ticket.stage = "decode"
         stages = Stages()
         started = time.monotonic()
-        pixels = _decode_small(images, recipe)
+        pixels, room = _decode_small(images, recipe), None
         if pixels is None:
-            pixels = await self._decode(recipe, images, ticket)
+            room = await self._decode(model, images, ticket)
+            pixels = room.pixels
         stages.decode_s = time.monotonic() - started
         model.metrics.decode.observe(stages.decode_s)
-        outputs = await self._run(model, (pixels,), len(images), None, ticket, stages)
-        if model.sampler is not None and model.sampler.take(started):
-            model.sampler.look(pixels, _probabilities(outputs), images)
+        looked_at = pixels.copy() if model.sampler is not None and model.sampler.take(started) else None
+        outputs = await self._run(model, (pixels,), len(images), None, ticket, stages, room)
+        if looked_at is not None and model.sampler is not None:
+            model.sampler.look(looked_at, _probabilities(outputs), images)
         return Prediction(model, _probabilities(outputs), stages)
 
     async def infer(self, model: LoadedModel, inputs: Sequence[Array], ticket: Ticket) -> Inference:
@@ -218,8 +220,9 @@ class LocalEngine:
         if pixels is not None:
             return _submit(model, pixels, ticket, tell, Stages(time.monotonic() - started), sampled).give_up
         ticket.hold_pixels(count_pixels(image, self._max_image_pixels))
-        decoding = self._decoders.submit(decode, image, recipe, self._max_image_pixels)
-        return _Decoding(model, ticket, tell, decoding, started, sampled).give_up
+        room = model.batcher.room((1, recipe.height, recipe.width, 3))
+        decoding = self._decoders.submit(decode_into, room.pixels[0], image, recipe, self._max_image_pixels)
+        return _Decoding(model, ticket, tell, decoding, room, started, sampled).give_up
 
     def begin_pixels(self, model: LoadedModel, pixels: NDArray[np.uint8], ticket: Ticket, tell: Tell) -> GiveUp:
         """See `Engine.begin_pixels`."""
@@ -232,32 +235,40 @@ class LocalEngine:
         """Stop the decode pool; a decode that runs cannot be interrupted, and is not waited for."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def _decode(self, recipe: PixelRecipe, images: Sequence[bytes], ticket: Ticket) -> NDArray[np.uint8]:
+    async def _decode(self, model: LoadedModel, images: Sequence[bytes], ticket: Ticket) -> Room:
         """Decode all images in the pool; on cancellation those that have not started never do."""
+        recipe = model.classifier.pixels
         for index, image in enumerate(images):
             try:
                 pixels = count_pixels(image, self._max_image_pixels)
             except ConvoyError as error:
                 raise _naming(error, index, images) from None
             ticket.hold_pixels(pixels)
-        running = [self._decoders.submit(decode, image, recipe, self._max_image_pixels) for image in images]
+        room = model.batcher.room((len(images), recipe.height, recipe.width, 3))
+        running = [
+            self._decoders.submit(decode_into, row, image, recipe, self._max_image_pixels)
+            for row, image in zip(room.pixels, images, strict=True)
+        ]
         try:
-            decoded = await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
+            ended = await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
         except asyncio.CancelledError:
-            _keep_counting(running, ticket)
+            _keep_counting(running, ticket, room)
             raise
         ticket.give_back_pixels()
         try:
-            for index, result in enumerate(decoded):
-                if isinstance(result, ConvoyError):
-                    raise _naming(result, index, images)
-                if isinstance(result, BaseException):
-                    raise result
-            return np.stack(decoded)  # type: ignore[arg-type]  # no exception is left in it
+            for index, fault in enumerate(ended):
+                if isinstance(fault, ConvoyError):
+                    raise _naming(fault, index, images)
+                if fault is not None:
+                    raise fault
+        except BaseException:
+            room.let_go()
+            raise
         finally:  # an error holds this frame, which must not hold the error: only collecting garbage would end that
-            del result
-            decoded.clear()
+            del fault
+            ended.clear()
             running.clear()
+        return room
 
     async def _run(
         self,
@@ -267,12 +278,18 @@ class LocalEngine:
         kind: Hashable,
         ticket: Ticket,
         stages: Stages,
+        room: Room | None = None,
     ) -> tuple[Array, ...]:
         ticket.stage = "queue"
         answer: asyncio.Future[tuple[Array, ...]] = asyncio.get_running_loop().create_future()
         if ticket.marks is not None:
             ticket.marks.queue(stages.decode_s)
-        job = model.batcher.submit(inputs, rows, ticket.deadline, ticket.urgency, kind, answer, ticket.marks)
+        try:
+            job = model.batcher.submit(inputs, rows, ticket.deadline, ticket.urgency, kind, answer, ticket.marks, room)
+        except ConvoyError:
+            if room is not None:
+                room.let_go()
+            raise
         try:
             outputs = await answer
         finally:
@@ -289,14 +306,26 @@ class LocalEngine:
 class _Decoding:
     """An image in the decode pool, for whom no task waits; decoded, it goes on to the model by itself."""
 
-    __slots__ = ("_decoding", "_give_back", "_loop", "_model", "_sampled", "_started", "_tell", "_ticket", "_waiting")
+    __slots__ = (
+        "_decoding",
+        "_give_back",
+        "_loop",
+        "_model",
+        "_room",
+        "_sampled",
+        "_started",
+        "_tell",
+        "_ticket",
+        "_waiting",
+    )
 
     def __init__(
         self,
         model: LoadedModel,
         ticket: Ticket,
         tell: Tell,
-        decoding: Future[NDArray[np.uint8]],
+        decoding: Future[None],
+        room: Room,
         started: float,
         sampled: Sequence[bytes] | None,
     ) -> None:
@@ -304,7 +333,8 @@ class _Decoding:
         self._model = model
         self._ticket = ticket
         self._tell: Tell | None = tell
-        self._decoding: Future[NDArray[np.uint8]] | None = decoding
+        self._decoding: Future[None] | None = decoding
+        self._room = room
         self._started = started
         self._sampled = sampled
         self._waiting: _Waiting | None = None
@@ -321,7 +351,7 @@ class _Decoding:
         if self._decoding is not None and not self._decoding.cancel():
             self._give_back = self._ticket.lend_image()
 
-    def _cross(self, _: Future[NDArray[np.uint8]]) -> None:
+    def _cross(self, _: Future[None]) -> None:
         """Go on from the pool's thread to the event loop."""
         with suppress(RuntimeError):  # the loop is closed: the service has stopped
             self._loop.call_soon_threadsafe(self._go_on)
@@ -333,17 +363,19 @@ class _Decoding:
         if self._give_back is not None:
             self._give_back()
         if tell is None or decoding is None:
+            self._room.let_go()  # only now: a decoder that could not be interrupted has written into it
             return
         self._ticket.give_back_pixels()
         stages = Stages(time.monotonic() - self._started)
         error = decoding.exception()
         if error is None:
             try:
-                pixels = decoding.result()[None]
-                self._waiting = _submit(self._model, pixels, self._ticket, tell, stages, self._sampled)
+                pixels = self._room.pixels
+                self._waiting = _submit(self._model, pixels, self._ticket, tell, stages, self._sampled, self._room)
                 return
             except Exception as fault:  # the loop, which called, has nobody to tell
                 error = fault
+        self._room.let_go()
         tell(cast(Exception, error))
         del error  # raised here, it holds this frame
 
@@ -355,13 +387,14 @@ def _submit(
     tell: Tell,
     stages: Stages,
     sampled: Sequence[bytes] | None = None,
+    room: Room | None = None,
 ) -> "_Waiting":
     ticket.stage = "queue"
-    waiting = _Waiting(model, ticket, tell, stages, sampled)
+    waiting = _Waiting(model, ticket, tell, stages, None if sampled is None else (pixels.copy(), sampled))
     if ticket.marks is not None:
         ticket.marks.queue(stages.decode_s)
     waiting.job = model.batcher.submit(
-        (pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting, ticket.marks
+        (pixels,), len(pixels), ticket.deadline, ticket.urgency, None, waiting, ticket.marks, room
     )
     return waiting
 
@@ -374,7 +407,12 @@ class _Waiting:
     job: Job | None
 
     def __init__(
-        self, model: LoadedModel, ticket: Ticket, tell: Tell, stages: Stages, sampled: Sequence[bytes] | None
+        self,
+        model: LoadedModel,
+        ticket: Ticket,
+        tell: Tell,
+        stages: Stages,
+        sampled: tuple[NDArray[np.uint8], Sequence[bytes]] | None,
     ) -> None:
         self._model = model
         self._sampled = sampled
@@ -395,8 +433,8 @@ class _Waiting:
         _count(self._model, stages, job.rows)
         self._end(Prediction(self._model, _probabilities(outputs), stages))
         if self._sampled is not None and self._model.sampler is not None:
-            pixels = cast("NDArray[np.uint8]", job.inputs[0])
-            self._model.sampler.look(pixels, _probabilities(outputs), self._sampled)
+            pixels, images = self._sampled
+            self._model.sampler.look(pixels, _probabilities(outputs), images)
 
     def set_exception(self, error: Exception, /) -> None:
         """Tell what went wrong."""
@@ -450,15 +488,29 @@ def _naming(error: ConvoyError, index: int, images: Sequence[bytes]) -> ConvoyEr
     return error if len(images) == 1 else error.prefixed(f"images[{index}]")
 
 
-def _keep_counting(given_up: Sequence[Future[NDArray[np.uint8]]], ticket: Ticket) -> None:
-    """Count images that nobody waits for until their decoding, which cannot be interrupted, has ended."""
+def _keep_counting(given_up: Sequence[Future[None]], ticket: Ticket, room: Room) -> None:
+    """Count images that nobody waits for until their decoding, which cannot be interrupted, has ended.
+
+    Only after the last of them has ended is their room free.
+    """
     loop = asyncio.get_running_loop()
-    for future in given_up:
-        if future.running():
-            give_back = ticket.lend_image()
+    running = [future for future in given_up if future.running()]
+    left = len(running)
 
-            def tell(_: Future[NDArray[np.uint8]], give_back: Callable[[], None] = give_back) -> None:
-                with suppress(RuntimeError):  # the loop is closed: the service has stopped
-                    loop.call_soon_threadsafe(give_back)
+    def ended(give_back: Callable[[], None]) -> None:
+        nonlocal left
+        give_back()
+        left -= 1
+        if not left:
+            room.let_go()
 
-            future.add_done_callback(tell)
+    if not running:
+        room.let_go()
+    for future in running:
+        give_back = ticket.lend_image()
+
+        def tell(_: Future[None], give_back: Callable[[], None] = give_back) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the service has stopped
+                loop.call_soon_threadsafe(ended, give_back)
+
+        future.add_done_callback(tell)

@@ -61,6 +61,11 @@ def decode(data: bytes, recipe: PixelRecipe, max_pixels: int = DEFAULT_MAX_PIXEL
     return decode_with_pillow(data, recipe, max_pixels) if pixels is None else pixels
 
 
+def decode_into(row: NDArray[np.uint8], data: bytes, recipe: PixelRecipe, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    """Do what `decode` does, and leave the pixels in `row`, uint8 `[height, width, 3]`."""
+    row[...] = decode(data, recipe, max_pixels)
+
+
 def decode_with_pillow(data: bytes, recipe: PixelRecipe, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
     """Do what `decode` promises through Pillow alone, which reads every format and judges what is damaged."""
     with _open(data, max_pixels) as image:

@@ -16,9 +16,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from app.batcher import CLOSE_TIMEOUT_S, DEFAULT_URGENCY, Answer, Job, JobMarks, RunMarks
+import numpy as np
+from numpy.typing import NDArray
+
+from app.batcher import CLOSE_TIMEOUT_S, DEFAULT_URGENCY, Answer, Job, JobMarks, Room, RunMarks
 from app.cluster.slab import Slab, SlabFullError, create_slab, packed_bytes, packed_bytes_of
 from app.cluster.wire import (
     NUMBER,
@@ -45,7 +48,7 @@ from app.tensors import VARIABLE, Array, TensorSpec
 
 log = logging.getLogger(__name__)
 
-WAIT_STEP_S = 0.05
+_PIXELS = np.dtype(np.uint8)
 KNOWN_BATCHES = 256
 """Batches that are remembered, so that requests which shared one are linked to the same span."""
 
@@ -58,6 +61,21 @@ class _Pending:
     def __init__(self, batcher: "RemoteBatcher", job: Job, room: int) -> None:
         self.batcher, self.job, self.room = batcher, job, room
         self.large: tuple[Array, ...] | None = None
+
+
+class SlabRoom:
+    """A room in the slab of one engine, into which pixels are decoded before they are sent."""
+
+    __slots__ = ("link", "offset", "pixels", "rows")
+
+    def __init__(self, link: "Link", offset: int, pixels: Array) -> None:
+        self.link, self.offset = link, offset
+        self.pixels = cast("NDArray[np.uint8]", pixels)
+        self.rows = len(pixels)
+
+    def let_go(self) -> None:
+        """See `Room.let_go`."""
+        self.link.let_go(self)
 
 
 class Link:
@@ -100,34 +118,55 @@ class Link:
         """Have the engine close a version."""
         self._packets.send(spoken(Kind.CLOSE, token, None))
 
-    def submit(self, token: int, batcher: "RemoteBatcher", job: Job, size: int) -> None:
-        """Write a job's rows into the slab, and send them with all others of this turn of the loop.
+    def room(self, shape: tuple[int, ...], size: int) -> SlabRoom:
+        """Give out a room for pixels, whose rows count from now on as the engine's.
+
+        Args:
+            shape: of the pixels.
+            size: bytes of the room, for them and then for their scores.
+
+        Raises:
+            QueueFullError: the slab has no such room.
+        """
+        room = SlabRoom(self, offset := self._taken(size), self.slab.lay_out(offset, shape, _PIXELS))
+        self.rows += room.rows
+        return room
+
+    def let_go(self, room: SlabRoom) -> None:
+        """Take a room back that was not sent."""
+        if self._packets.is_open:
+            self.slab.let_go(room.offset)
+            self.rows -= room.rows
+
+    def submit(self, token: int, batcher: "RemoteBatcher", job: Job, size: int, room: SlabRoom | None) -> None:
+        """Send a job's rows, with all others of this turn of the loop.
 
         Args:
             token: the model's.
             batcher: whose job it is.
             job: it.
             size: bytes of the room that it needs, for its rows and then for its scores.
+            room: where the rows lie; None: not in the slab, into which they are written first.
 
         Raises:
             QueueFullError: the slab has no such room.
         """
-        try:
-            room = self.slab.take(size)
-        except SlabFullError:
-            raise QueueFullError("The service is full: there is no room for this request on its way.") from None
-        self.slab.pack(room, job.inputs)
+        if room is None:
+            offset = self._taken(size)
+            self.slab.pack(offset, job.inputs)
+            self.rows += job.rows
+        else:
+            offset = room.offset
         job.queued_at = time.monotonic()
         number = next(self._numbers) & 0xFFFFFFFF
-        self._pending[number] = _Pending(batcher, job, room)
+        self._pending[number] = _Pending(batcher, job, offset)
         self._number_of[job] = number
-        self.rows += job.rows
         self._requests.append(
             Request(
                 number,
                 token,
-                room,
-                self.slab.room_of(room),
+                offset,
+                self.slab.room_of(offset),
                 job.rows,
                 job.urgency,
                 job.marks is not None,
@@ -135,6 +174,12 @@ class Link:
             )
         )
         self._flush_soon()
+
+    def _taken(self, size: int) -> int:
+        try:
+            return self.slab.take(size)
+        except SlabFullError:
+            raise QueueFullError("The service is full: there is no room for this request on its way.") from None
 
     def give_up(self, job: Job) -> None:
         """Tell the engine that nobody waits; the room stays taken until it says that it needs it no more."""
@@ -401,7 +446,7 @@ class RemoteBatcher:
         self._loop = loop
         self._ready: dict[Link, int] = {}
         """The engines that have it open, and how many sessions each has."""
-        self._score_bytes: dict[int, int] = {}
+        self._known_score_bytes: dict[int, int] = {}
         self._waiting = 0
         self._closed = self._left = False
         self._idle = threading.Event()
@@ -447,6 +492,11 @@ class RemoteBatcher:
             link.close_model(self.token)
         self._ready.clear()
 
+    def room(self, shape: tuple[int, ...]) -> SlabRoom:
+        """See `Runs.room`: in the slab of the engine that has the least to do."""
+        size = max(packed_bytes_of([(shape, _PIXELS)]), self._score_bytes(shape[0]))
+        return self._least_loaded().room(shape, size)
+
     def submit(
         self,
         inputs: tuple[Array, ...],
@@ -456,23 +506,22 @@ class RemoteBatcher:
         kind: Hashable = None,
         answer: Answer | None = None,
         marks: JobMarks | None = None,
+        room: Room | None = None,
     ) -> Job:
         """See `Runs.submit`.
 
         Raises:
             QueueFullError: there is no room for the rows on their way.
-            UnavailableError: it is closed, or there is no engine at the moment.
+            UnavailableError: it is closed, there is no engine at the moment, or the one that has the room has died.
         """
         if self._closed:
             raise UnavailableError("The model is being unloaded; try again.")
-        if not self._ready:
-            raise UnavailableError("There is no engine at the moment; try again.", code="engine_lost")
-        link = min(self._ready, key=lambda link: link.rows) if len(self._ready) > 1 else next(iter(self._ready))
+        own = room if isinstance(room, SlabRoom) else None
+        link = own.link if own is not None else self._least_loaded()
+        if link not in self._ready:
+            raise UnavailableError("The engine that was to run this request has died; try again.", code="engine_lost")
         job = Job(inputs, rows, deadline, answer or self._loop.create_future(), urgency, kind, marks)
-        scores = self._score_bytes.get(rows)
-        if scores is None:
-            scores = self._score_bytes[rows] = self._bytes_of_outputs(rows)
-        link.submit(self.token, self, job, max(packed_bytes(inputs), scores))
+        link.submit(self.token, self, job, max(packed_bytes(inputs), self._score_bytes(rows)), own)
         self._waiting += 1
         self._idle.clear()
         return job
@@ -510,10 +559,18 @@ class RemoteBatcher:
         with suppress(RuntimeError):  # the loop is closed, and with it every connection
             self._loop.call_soon_threadsafe(self._on_end)
 
-    def _bytes_of_outputs(self, rows: int) -> int:
+    def _least_loaded(self) -> Link:
+        if not self._ready:
+            raise UnavailableError("There is no engine at the moment; try again.", code="engine_lost")
+        return min(self._ready, key=lambda link: link.rows) if len(self._ready) > 1 else next(iter(self._ready))
+
+    def _score_bytes(self, rows: int) -> int:
         """Return how many bytes the scores of so many rows take; what is variable beyond the rows counts as one."""
-        shapes = []
-        for spec in self.outputs:
-            own = [1 if size == VARIABLE else size for size in spec.shape[1:]]
-            shapes.append(((rows, *own), spec.dtype))
-        return packed_bytes_of(shapes)
+        known = self._known_score_bytes.get(rows)
+        if known is None:
+            shapes = []
+            for spec in self.outputs:
+                own = [1 if size == VARIABLE else size for size in spec.shape[1:]]
+                shapes.append(((rows, *own), spec.dtype))
+            known = self._known_score_bytes[rows] = packed_bytes_of(shapes)
+        return known

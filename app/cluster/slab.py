@@ -84,20 +84,39 @@ class Slab:
         if power > KEPT_ROOM and hasattr(mmap, "MADV_REMOVE"):
             self.memory.madvise(mmap.MADV_REMOVE, offset, power)
 
+    def lay_out(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
+        """Prepare a room for one array of numbers, and return that array, whose numbers are yet to be written.
+
+        Args:
+            offset: the room's, which must be large enough: see `packed_bytes_of`.
+            shape: the array's.
+            dtype: one of numbers.
+        """
+        body = math.prod(shape) * dtype.itemsize
+        end = self._write_heads(offset, [(shape, _CODE_OF[dtype], body)])
+        return self._array(offset + _aligned(end - offset), body, shape, dtype)
+
+    def _write_heads(self, offset: int, heads: Sequence[tuple[tuple[int, ...], int, int]]) -> int:
+        """Write what is in a room, by shape, code and bytes of each array; returns where that ends."""
+        view, at = self._view, offset
+        _HEAD.pack_into(view, at, 0, len(heads))
+        at += _HEAD.size
+        for shape, code, body in heads:
+            _ARRAY.pack_into(view, at, code, len(shape), body)
+            at += _ARRAY.size
+            struct.pack_into(f"={len(shape)}Q", view, at, *shape)
+            at += 8 * len(shape)
+        return at
+
     def pack(self, offset: int, arrays: Sequence[Array]) -> None:
         """Write arrays into a room, which must be large enough: see `packed_bytes`."""
-        view, at = self._view, offset
-        _HEAD.pack_into(view, at, 0, len(arrays))
-        at += _HEAD.size
-        starts = []
+        view, starts, heads = self._view, [], []
         for array in arrays:
             code = _CODE_OF[array.dtype]
             body = _text_bytes(array) if code == _OBJECT else array.nbytes
-            _ARRAY.pack_into(view, at, code, array.ndim, body)
-            at += _ARRAY.size
-            struct.pack_into(f"={array.ndim}Q", view, at, *array.shape)
-            at += 8 * array.ndim
+            heads.append((array.shape, code, body))
             starts.append(body)
+        at = self._write_heads(offset, heads)
         for array, body in zip(arrays, starts, strict=True):
             at = offset + _aligned(at - offset)
             if array.dtype == object:

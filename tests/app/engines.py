@@ -15,7 +15,6 @@ from app.metrics import Metrics
 from app.tensors import TensorSpec
 
 INPUTS = (TensorSpec("image", "UINT8", (-1, 2, 2, 3)),)
-OUTPUTS = (TensorSpec("scores", "FP32", (-1, 2)),)
 
 
 _SOCKETS: list[socket.socket] = []
@@ -39,12 +38,20 @@ def connected() -> tuple[socket.socket, socket.socket]:
 class EngineHere:
     """One engine with one model of tensors over a given batcher, and fronts that are connected with it."""
 
-    def __init__(self, directory: Path, batcher: Batcher | None, max_batch: int = 4, fault: Exception | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        batcher: Batcher | None,
+        max_batch: int = 4,
+        fault: Exception | None = None,
+        outputs: int = 2,
+    ) -> None:
         self.directory = directory
         (directory / "model.onnx").touch()
         self.metrics = Metrics()
         self.loads = 0
         self.batcher, self._max_batch, self._fault = batcher, max_batch, fault
+        self._outputs = (TensorSpec("scores", "FP32", (-1, outputs)),)
         self.engine = EngineProcess(self.metrics, self._load)
 
     def _load(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
@@ -53,7 +60,18 @@ class EngineHere:
             raise self._fault
         metrics = self.metrics.for_model(name, version)
         model = LoadedModel(
-            name, version, "digest", "cpu", INPUTS, OUTPUTS, self._max_batch, "", None, None, self.batcher, metrics
+            name,
+            version,
+            "digest",
+            "cpu",
+            INPUTS,
+            self._outputs,
+            self._max_batch,
+            "",
+            None,
+            None,
+            self.batcher,
+            metrics,
         )
         return model, None
 

@@ -260,6 +260,32 @@ def test_rooms_come_back_from_every_kind_of_end(tmp_path):
     asyncio.run(scenario())
 
 
+def test_a_room_counts_for_its_engine_until_it_is_let_go_or_answered(tmp_path):
+    async def scenario():
+        here, there = (EngineHere(tmp_path, batcher_of(EchoSession())) for _ in range(2))
+        links = there.front(here.front())
+        runs = (await here.opened(links)).batcher
+        rooms = [runs.room((2, 2, 2, 3)) for _ in range(4)]
+        assert sorted(link.rows for link in links._links) == [4, 4], "the least loaded one has the next"
+        for value, room in enumerate(rooms[:3]):
+            room.pixels[...] = value
+        jobs = [runs.submit((room.pixels,), 2, FOREVER, room=room) for room in rooms[:3]]
+        rooms[3].let_go()
+        for value, job in enumerate(jobs):
+            [scores] = await job.answer
+            assert scores[:, 0].tolist() == [value, value]
+        assert [(link.rows, link.slab.rooms) for link in links._links] == [(0, 0), (0, 0)]
+        with pytest.raises(QueueFullError):
+            runs.room((1 << 20, 2, 2, 1 << 20))
+        kept = runs.room((1, 2, 2, 3))
+        await close(runs)
+        with pytest.raises(UnavailableError, match="unloaded"):
+            runs.submit((kept.pixels,), 1, FOREVER, room=kept)
+        kept.let_go()
+
+    asyncio.run(scenario())
+
+
 def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 

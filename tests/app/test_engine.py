@@ -22,11 +22,13 @@ from app.errors import (
     TooLargeError,
     UnavailableError,
 )
-from app.images import decode
+from app.images import decode_into
 from app.loading import LoadedModel
 from app.metrics import Metrics
 from app.sessions import PlainSession
 from app.tickets import Ticket
+from tests.app.engines import EngineHere, no_socket_is_left  # noqa: F401
+from tests.app.test_batcher import until
 from tests.bundles import COLOURS, encode, make_bundle, noise_image, plain_image
 
 
@@ -59,6 +61,7 @@ class Bench:
     def __init__(self, tmp_path, **limits) -> None:
         self.metrics = Metrics()
         self.tickets: list[Ticket] = []
+        self.links = []
         self.session = HeldSession()
         model_metrics = self.metrics.for_model("colours", "1")
         batcher = Batcher(
@@ -97,38 +100,58 @@ class Bench:
     def dropped(self, stage: str, reason: str) -> float:
         return self.metrics.dropped.labels("colours", stage, reason).get()
 
-    def close(self) -> None:
+    async def move_out(self, directory) -> None:
+        """Have the session in an engine from now on."""
+        line = self.model.batcher._line
+        here = EngineHere(directory, self.model.batcher, outputs=len(COLOURS))
+        front = here.front()
+        self.links = front._links
+        self.model = replace(self.model, batcher=(await here.opened(front)).batcher)
+        self.model.batcher._line = line
+
+    async def close(self) -> None:
         self.session.gate.set()
-        self.model.batcher.close()
+        await asyncio.to_thread(self.model.batcher.close)
         self.engine.close()
 
 
-def with_bench(tmp_path, scenario, **limits):
-    async def run():
-        bench = Bench(tmp_path, **limits)
-        try:
-            await scenario(bench)
-            held = bench.admission
-            assert (held.images, held.bytes, held.pixels) == (0, 0, 0), "a ticket was not given back"
-            assert held.lane(bench.model.metrics).images == 0
-            assert bench.model.metrics.inflight_requests.get() == 0
-        finally:
-            bench.close()
+@pytest.fixture(params=["here", "in an engine"])
+def with_bench(request, tmp_path):
+    """Runs a scenario over sessions in this place, and sees that nothing is kept of it."""
 
-    asyncio.run(run())
+    def run(scenario, **limits) -> None:
+        async def whole():
+            bench = Bench(tmp_path, **limits)
+            if request.param == "in an engine":
+                await bench.move_out(tmp_path)
+            try:
+                await scenario(bench)
+                held = bench.admission
+                assert (held.images, held.bytes, held.pixels) == (0, 0, 0), "a ticket was not given back"
+                assert held.lane(bench.model.metrics).images == 0
+                assert bench.model.metrics.inflight_requests.get() == 0
+                bench.session.gate.set()
+                for link in bench.links:
+                    await until(lambda link=link: link.slab.rooms == link.rows == 0)
+            finally:
+                await bench.close()
+
+        asyncio.run(whole())
+
+    return run
 
 
-def test_images_come_back_in_order(tmp_path):
+def test_images_come_back_in_order(with_bench):
     async def scenario(bench):
         bench.session.gate.set()
         found = await bench.classify(*(plain_image(colour) for colour in COLOURS))
         means = [np.mean(rgb) for rgb in COLOURS.values()]
         assert found[:, 0] == pytest.approx(means, abs=0.5)
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_the_deadline_frees_the_client_while_the_session_is_stuck(tmp_path):
+def test_the_deadline_frees_the_client_while_the_session_is_stuck(with_bench):
     async def scenario(bench):
         stuck = await bench.occupy()
         started = time.monotonic()
@@ -140,10 +163,10 @@ def test_the_deadline_frees_the_client_while_the_session_is_stuck(tmp_path):
         await stuck
         assert bench.session.rows_run == 1, "a row that nobody waited for was run"
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_an_abandoned_request_in_line_is_counted_and_not_run(tmp_path):
+def test_an_abandoned_request_in_line_is_counted_and_not_run(with_bench):
     async def scenario(bench):
         stuck = await bench.occupy()
         leaving = asyncio.create_task(bench.classify(plain_image("red"), plain_image("blue")))
@@ -153,16 +176,16 @@ def test_an_abandoned_request_in_line_is_counted_and_not_run(tmp_path):
         with pytest.raises(AbandonedError):
             await leaving
         assert leaving.cancelling() == 0, "the cancellation ends with the ticket"
-        assert bench.model.batcher._line.rows == 0
+        await until(lambda: bench.model.batcher._line.rows == 0)  # an engine hears of it a moment later
         assert bench.dropped("queue", "disconnected") == 1
         bench.session.gate.set()
         await stuck
         assert bench.session.rows_run == 1
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_a_request_that_is_cancelled_from_outside_stays_cancelled(tmp_path):
+def test_a_request_that_is_cancelled_from_outside_stays_cancelled(with_bench):
     async def scenario(bench):
         stuck = await bench.occupy()
         cut_off = asyncio.create_task(bench.classify(plain_image("red")))
@@ -175,10 +198,10 @@ def test_a_request_that_is_cancelled_from_outside_stays_cancelled(tmp_path):
         bench.session.gate.set()
         await stuck
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_beyond_the_limit_of_images_a_request_is_refused_before_it_is_decoded(tmp_path):
+def test_beyond_the_limit_of_images_a_request_is_refused_before_it_is_decoded(with_bench):
     async def scenario(bench):
         inside = [asyncio.create_task(bench.classify(plain_image("red"), plain_image("blue"))) for _ in range(4)]
         while bench.admission.images < 8:
@@ -190,25 +213,28 @@ def test_beyond_the_limit_of_images_a_request_is_refused_before_it_is_decoded(tm
         await asyncio.gather(*inside)
         await bench.classify(plain_image("red"))
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_a_decode_that_nobody_waits_for_still_counts(tmp_path, monkeypatch):
+def test_a_decode_that_nobody_waits_for_still_counts(with_bench, monkeypatch):
     gate = threading.Event()
-    monkeypatch.setattr("app.engine.decode", lambda *_: gate.wait(10))
+    monkeypatch.setattr("app.engine.decode_into", lambda *_: gate.wait(10))
 
     async def scenario(bench):
         with pytest.raises(DeadlineError, match="'decode'"):
             await bench.classify(*[plain_image("red")] * 5, timeout_s=0.05)
         assert bench.admission.images == 2, "two threads decode, three images never began"
+        with pytest.raises(DeadlineError, match="'decode'"):
+            await bench.classify(*[plain_image("red")] * 3, timeout_s=0.05)
+        assert bench.admission.images == 2, "none of these has begun"
         gate.set()
         while bench.admission.images:
             await asyncio.sleep(0.005)
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_bytes_are_bounded_too(tmp_path):
+def test_bytes_are_bounded_too(with_bench):
     async def scenario(bench):
         deadline = time.monotonic() + 10
         with bench.engine.admit(bench.model, deadline) as first, bench.engine.admit(bench.model, deadline) as second:
@@ -217,10 +243,10 @@ def test_bytes_are_bounded_too(tmp_path):
                 second.hold_bytes(500)
             second.hold_bytes(400)
 
-    with_bench(tmp_path, scenario, bytes=1000)
+    with_bench(scenario, bytes=1000)
 
 
-def test_a_bad_image_is_named_by_its_index_and_refuses_the_whole_request(tmp_path):
+def test_a_bad_image_is_named_by_its_index_and_refuses_the_whole_request(with_bench):
     async def scenario(bench):
         with pytest.raises(BadImageError, match=r"^images\[1\]: "):
             await bench.classify(plain_image("red"), b"nonsense", plain_image("blue"), b"more nonsense")
@@ -228,12 +254,12 @@ def test_a_bad_image_is_named_by_its_index_and_refuses_the_whole_request(tmp_pat
             await bench.classify(b"nonsense")
         assert bench.session.rows_run == 0
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_pixels_are_bounded_by_the_header_before_anything_is_decoded(tmp_path, monkeypatch):
+def test_pixels_are_bounded_by_the_header_before_anything_is_decoded(with_bench, monkeypatch):
     gate = threading.Event()
-    monkeypatch.setattr("app.engine.decode", lambda *_, **__: gate.wait(10))
+    monkeypatch.setattr("app.engine.decode_into", lambda *_, **__: gate.wait(10))
     large = encode(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
 
     async def scenario(bench):
@@ -248,10 +274,10 @@ def test_pixels_are_bounded_by_the_header_before_anything_is_decoded(tmp_path, m
         while bench.admission.images:
             await asyncio.sleep(0.005)
 
-    with_bench(tmp_path, scenario, pixels=200_000)
+    with_bench(scenario, pixels=200_000)
 
 
-def test_a_model_with_a_limit_of_its_own_leaves_room_for_others(tmp_path):
+def test_a_model_with_a_limit_of_its_own_leaves_room_for_others(with_bench):
     async def scenario(bench):
         stuck = await bench.occupy()
         with pytest.raises(QueueFullError, match="Model 'colours' is full: 1 of its images are inside, 2 may be"):
@@ -259,10 +285,10 @@ def test_a_model_with_a_limit_of_its_own_leaves_room_for_others(tmp_path):
         bench.session.gate.set()
         await stuck
 
-    with_bench(tmp_path, scenario, model_images={"colours": 2})
+    with_bench(scenario, model_images={"colours": 2})
 
 
-def test_the_urgent_go_first(tmp_path):
+def test_the_urgent_go_first(with_bench):
     async def scenario(bench):
         async def ask(urgency: int) -> int:
             with bench.engine.admit(bench.model, time.monotonic() + 10, urgency) as ticket:
@@ -277,17 +303,17 @@ def test_the_urgent_go_first(tmp_path):
         assert [await task for task in asyncio.as_completed(waiting)] == [0, 3, 7]
         await stuck
 
-    with_bench(tmp_path, scenario, images=100)
+    with_bench(scenario, images=100)
 
 
-def test_requests_in_progress_are_counted_also_when_they_fail(tmp_path):
+def test_requests_in_progress_are_counted_also_when_they_fail(with_bench):
     async def scenario(bench):
         with pytest.raises(ValueError, match="inside"), bench.engine.admit(bench.model, time.monotonic() + 10):
             assert bench.model.metrics.inflight_requests.get() == 1
             raise ValueError("inside")
         assert bench.model.metrics.inflight_requests.get() == 0
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
 @pytest.fixture
@@ -309,7 +335,7 @@ def uncollected() -> Iterator[None]:
         (InferenceError, plain_image("red"), 10),
     ],
 )
-def test_a_request_that_failed_holds_nothing(tmp_path, fault, image, timeout_s):
+def test_a_request_that_failed_holds_nothing(with_bench, fault, image, timeout_s):
     """A model that is replaced ends with the last request that holds it, and so does the memory of a body."""
 
     async def fail(bench: Bench, model: LoadedModel) -> type[ConvoyError]:
@@ -338,7 +364,7 @@ def test_a_request_that_failed_holds_nothing(tmp_path, fault, image, timeout_s):
                 break
         assert witness() is None
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
 # ---------------------------------------------------------------- without a task
@@ -372,7 +398,7 @@ class Waiting:
 
 
 @pytest.mark.parametrize("image", [plain_image("red"), PHOTO], ids=["small", "photo"])
-def test_without_a_task_the_answer_is_the_same(tmp_path, image):
+def test_without_a_task_the_answer_is_the_same(with_bench, image):
     async def scenario(bench):
         bench.session.gate.set()
         waiting = Waiting(bench, bench.model, image)
@@ -382,18 +408,18 @@ def test_without_a_task_the_answer_is_the_same(tmp_path, image):
         assert prediction.stages.decode_s > 0 and len(waiting.told) == 1
         assert bench.metrics.images.labels("colours", "1").get() == 2
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_without_a_task_a_photo_may_be_given_up_in_every_stage(tmp_path, monkeypatch):
+def test_without_a_task_a_photo_may_be_given_up_in_every_stage(with_bench, monkeypatch):
     gate, entered = threading.Event(), threading.Semaphore(0)
 
     def held_decode(*arguments, **named):
         entered.release()
         assert gate.wait(10)
-        return decode(*arguments, **named)
+        return decode_into(*arguments, **named)
 
-    monkeypatch.setattr("app.engine.decode", held_decode)
+    monkeypatch.setattr("app.engine.decode_into", held_decode)
     monkeypatch.setattr("app.engine.INLINE_BYTES", 0)
 
     async def scenario(bench):
@@ -420,7 +446,7 @@ def test_without_a_task_a_photo_may_be_given_up_in_every_stage(tmp_path, monkeyp
         while bench.session.rows_run == 0:
             await asyncio.sleep(0.005)
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
 @pytest.mark.usefixtures("uncollected")
@@ -428,7 +454,7 @@ def test_without_a_task_a_photo_may_be_given_up_in_every_stage(tmp_path, monkeyp
     ("fault", "image"),
     [(None, PHOTO), (BadImageError, PHOTO[:-3000]), (InferenceError, PHOTO), (UnavailableError, PHOTO)],
 )
-def test_without_a_task_a_photo_holds_nothing_afterwards(tmp_path, fault, image):
+def test_without_a_task_a_photo_holds_nothing_afterwards(with_bench, fault, image):
     async def scenario(bench):
         if fault is InferenceError:
             bench.session.run = None
@@ -447,10 +473,10 @@ def test_without_a_task_a_photo_holds_nothing_afterwards(tmp_path, fault, image)
                 break
         assert witness() is None
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
 
 
-def test_without_a_task_a_photo_with_too_many_pixels_is_refused_at_once(tmp_path):
+def test_without_a_task_a_photo_with_too_many_pixels_is_refused_at_once(with_bench):
     async def scenario(bench):
         with (
             bench.engine.admit(bench.model, time.monotonic() + 10) as ticket,
@@ -458,4 +484,55 @@ def test_without_a_task_a_photo_with_too_many_pixels_is_refused_at_once(tmp_path
         ):
             bench.engine.begin(bench.model, encode(np.zeros((1100, 1100, 3), np.uint8)), ticket, pytest.fail)
 
-    with_bench(tmp_path, scenario)
+    with_bench(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_engine_that_dies_while_a_photo_for_it_is_decoded_is_told_of(tmp_path, monkeypatch, count):
+    gate, entered = threading.Event(), threading.Event()
+
+    def held_decode(row, *arguments):
+        entered.set()
+        assert gate.wait(10)
+        row[...] = 1
+
+    monkeypatch.setattr("app.engine.decode_into", held_decode)
+
+    async def scenario():
+        bench = Bench(tmp_path)
+        await bench.move_out(tmp_path)
+        asking = asyncio.create_task(bench.classify(*[PHOTO] * count))
+        await asyncio.to_thread(entered.wait)
+        [link] = bench.links
+        link.hang_up()
+        gate.set()
+        with pytest.raises(UnavailableError, match="has died"):
+            await asking
+        assert bench.admission.images == 0
+        await bench.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_a_sampled_photo_looks_like_is_not_read_where_its_scores_are(with_bench, monkeypatch):
+    looked_at = []
+
+    class Sampler:
+        def take(self, now):
+            return True
+
+        def look(self, pixels, probabilities, images):
+            looked_at.append((pixels.shape, float(pixels.mean()), float(probabilities[0, 0])))
+
+    monkeypatch.setattr("app.engine.INLINE_BYTES", 0)
+
+    async def scenario(bench):
+        bench.session.gate.set()
+        bench.model = replace(bench.model, sampler=Sampler())
+        await bench.classify(plain_image("red"), plain_image("red"))
+        assert isinstance(await Waiting(bench, bench.model, plain_image("red")).answer(), Prediction)
+        shape, mean, score = looked_at[0]
+        assert (shape[0], mean) == (2, pytest.approx(score, abs=0.01))
+        assert looked_at[1] == ((1, *shape[1:]), mean, score)
+
+    with_bench(scenario)
