@@ -20,6 +20,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -185,6 +186,7 @@ class Batch:
     rows: int = 0
     infer_s: float = 0.0
     padding: int = 0
+    copied_s: float = 0.0
     marks: RunMarks | None = None
 
     def add(self, job: Job, rows: int) -> None:
@@ -454,7 +456,23 @@ class Batcher:
         loop: asyncio.AbstractEventLoop,
         metrics: ModelMetrics,
         clock: Clock = time.monotonic,
+        prepare: Callable[[int], None] = lambda _: None,
     ) -> None:
+        """Start a thread for each session; returns when all of them are prepared.
+
+        Args:
+            sessions: of one graph.
+            max_batch: rows of a run at most.
+            linger_s: how long a batch waits to fill, seconds.
+            loop: the event loop that submits.
+            metrics: the model's.
+            clock: that deadlines are on.
+            prepare: gets each session's number, on the thread that will run it: what a GPU records in one thread is
+                nothing to another.
+
+        Raises:
+            Exception: whatever `prepare` raises; no thread is left then.
+        """
         self.parallel = len(sessions)
         """How many batches run at the same time."""
         self._line = Line(max_batch, linger_s, len(sessions), clock, metrics.queue_rows)
@@ -463,14 +481,24 @@ class Batcher:
         self._loop = loop
         self._metrics = metrics
         self._clock = clock
+        prepared = [Future[None]() for _ in sessions]
         self._threads = [
             threading.Thread(
-                target=self._serve_loop, args=(session, number), name=f"{metrics.model}-session-{number}", daemon=True
+                target=self._begin,
+                args=(session, number, prepare, prepared[number]),
+                name=f"{metrics.model}-session-{number}",
+                daemon=True,
             )
             for number, session in enumerate(sessions)
         ]
         for thread in self._threads:
             thread.start()
+        try:
+            for future in prepared:
+                future.result()
+        except BaseException:
+            self._line.close()
+            raise
 
     def room(self, shape: tuple[int, ...]) -> Room:
         """See `Runs.room`."""
@@ -541,22 +569,34 @@ class Batcher:
         self._metrics.sessions.set(0)
         self._metrics.queue_age.set(0)
 
-    def _serve_loop(self, session: Session, number: int) -> None:
+    def _begin(self, session: Session, number: int, prepare: Callable[[int], None], prepared: "Future[None]") -> None:
         step_back()
+        try:
+            prepare(number)
+        except BaseException as error:
+            prepared.set_exception(error)
+            return
+        del prepare
+        prepared.set_result(None)
+        self._serve_loop(session, number)
+
+    def _serve_loop(self, session: Session, number: int) -> None:
         busy = self._metrics.busy(session.provider, number)
+        copying = self._metrics.copying(session.provider, number) if session.provider != "cpu" else None
+        session.copied_s()  # of runs before there were requests
         while (batch := self._line.take()) is not None:
             started = self._clock()
             self._running_since[number] = self._running_since[number] or started
             _run(session, batch)
             lost = isinstance(batch.slices[0].error, DeviceLostError)
             self._running_since[number] = LONG_AGO if lost else 0.0
-            batch.padding = session.padding(batch.rows)
+            batch.padding, batch.copied_s = session.padding(batch.rows), session.copied_s()
             batch.infer_s = self._clock() - started
             self._line.row_s = batch.infer_s / batch.rows
             if batch.marks is not None:
                 self._end_marks(batch.marks, batch, started, session, number)
             try:
-                self._loop.call_soon_threadsafe(self._deliver, batch, busy)
+                self._loop.call_soon_threadsafe(self._deliver, batch, busy, copying)
             except RuntimeError:  # the loop is closed: nobody waits for an answer any more
                 return
             # A thread that waits must not hold the last requests, and with them a model that has been replaced.
@@ -574,9 +614,11 @@ class Batcher:
             session=number,
         )
 
-    def _deliver(self, batch: Batch, busy: Number) -> None:
+    def _deliver(self, batch: Batch, busy: Number, copying: Number | None) -> None:
         """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""
         busy.inc(batch.infer_s)
+        if copying is not None:
+            copying.inc(batch.copied_s)
         self._metrics.ran(batch.rows, batch.infer_s, batch.padding)
         for part in batch.slices:
             job = part.job

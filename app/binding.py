@@ -1,12 +1,18 @@
 """Binding: a graph's runs over buffers that stay where they are, in batches of a few sizes.
 
 A GPU copies from memory that it knows without the processor, chooses kernels for each size of a batch, and replays
-recorded launches only at the same addresses. So rows are written into one buffer per input, filled up to the next size,
-and the scores are read from one buffer per output. Works on any provider, and is tested on the CPU's. Knows ONNX
-Runtime's sessions; nothing of models, batchers or CUDA.
+recorded launches only at the same addresses. So rows are written into one buffer per input, filled up to the next size.
+Works on any provider. Knows ONNX Runtime's sessions; nothing of models, batchers or CUDA.
+
+ONNX Runtime's own binding is used where launches are recorded, and only there: it copies an input to the device when
+that is bound, not when the graph runs, so that a buffer which is bound once is read once (seen with a provider whose
+device was no processor; the processor's provider hides it). Rows that a run is given as an array it copies itself, on
+the device's stream and without Python's lock.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,31 +57,42 @@ class Bound:
             sizes: of batches, rising.
             allocate: returns zeroed memory of so many bytes.
             run_options: makes options for a run.
-            recorded: a device (`cuda`), on which tensors lie at fixed addresses, for recordings; else empty: the
-                provider copies to and from the buffers in each run.
+            recorded: a device (`cuda`), on which tensors lie at fixed addresses, for recordings; else empty: each run
+                copies rows to the device and scores back.
         """
         self._session = session
+        self._copied_s = 0.0
         self._sizes = tuple(sizes)
         self._inputs = [_buffer(spec, self._sizes[-1], allocate) for spec in inputs]
-        self._outputs = [_buffer(spec, self._sizes[-1], allocate) for spec in outputs]
-        self._runs = [
-            self._recorded(inputs, outputs, size, run_options(), recorded)
-            if recorded
-            else self._copied(inputs, outputs, size, run_options())
-            for size in self._sizes
-        ]
+        self._input_names = [spec.name for spec in inputs]
+        self._output_names = [spec.name for spec in outputs]
+        self._options = run_options()
+        self._recordings = {
+            size: self._recorded(inputs, outputs, size, run_options(), recorded)
+            for size in (self._sizes if recorded else ())
+        }
+
+    def copied_s(self) -> float:
+        """Return the time that went into copying since this was last asked, seconds.
+
+        Of rows into the buffers, and of scores out of them; where launches are recorded, also to the device and back,
+        which otherwise the provider does as part of the run.
+        """
+        seconds, self._copied_s = self._copied_s, 0.0
+        return seconds
 
     def padding(self, rows: int) -> int:
         """Return how many rows a batch of so many is filled up with."""
         rest = rows % self._sizes[-1]
-        return self._place(rest)[1] - rest if rest else 0
+        return self._size_for(rest) - rest if rest else 0
 
     def join(self, parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
         """Write the rows of several requests one after the other, where `run` wants them; at most the largest size."""
         rows = sum(len(part[0]) for part in parts)
         joined = tuple([buffer[:rows] for buffer in self._inputs])
-        for target, arrays in zip(joined, zip(*parts, strict=True), strict=True):
-            np.concatenate(arrays, out=target)
+        with self._copying():
+            for target, arrays in zip(joined, zip(*parts, strict=True), strict=True):
+                np.concatenate(arrays, out=target)
         return joined
 
     def run(self, *inputs: Array) -> tuple[Array, ...]:
@@ -90,54 +107,58 @@ class Bound:
         return tuple([np.concatenate(arrays) for arrays in zip(*chunks, strict=True)])
 
     def _run(self, inputs: Sequence[Array], rows: int) -> tuple[Array, ...]:
-        for buffer, array in zip(self._inputs, inputs, strict=True):
-            if array.ctypes.data != buffer.ctypes.data:  # else `join` has written it here
-                buffer[:rows] = array
-        index, size = self._place(rows)
-        self._runs[index](size)
-        return tuple([buffer[:rows].copy() for buffer in self._outputs])
+        with self._copying():
+            for buffer, array in zip(self._inputs, inputs, strict=True):
+                if array.ctypes.data != buffer.ctypes.data:  # else `join` has written it here
+                    buffer[:rows] = array
+        size = self._size_for(rows)
+        try:
+            found = self._recordings[size]() if self._recordings else self._plain(size)
+        except Exception:
+            # Rows that no kernel takes would else go on to be what later, smaller batches are filled up with.
+            for buffer in self._inputs:
+                buffer[:] = 0
+            raise
+        return tuple([array[:rows] for array in found])
 
-    def _place(self, rows: int) -> tuple[int, int]:
-        return next((index, size) for index, size in enumerate(self._sizes) if size >= rows)
+    def _plain(self, size: int) -> list[Array]:
+        fed = {name: buffer[:size] for name, buffer in zip(self._input_names, self._inputs, strict=True)}
+        outputs: list[Array] = self._session.run(self._output_names, fed, self._options)
+        return outputs
 
-    def _copied(
-        self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], size: int, options: Any
-    ) -> Callable[[int], None]:
-        binding = self._session.io_binding()
-        for spec, buffer in zip(inputs, self._inputs, strict=True):
-            binding.bind_input(spec.name, "cpu", 0, buffer.dtype.type, (size, *spec.shape[1:]), buffer.ctypes.data)
-        for spec, buffer in zip(outputs, self._outputs, strict=True):
-            shape = (size, *spec.shape[1:])
-            binding.bind_output(spec.name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._copied_s += time.perf_counter() - started
 
-        def run(_: int) -> None:
-            self._session.run_with_iobinding(binding, options)
-
-        return run
+    def _size_for(self, rows: int) -> int:
+        return next(size for size in self._sizes if size >= rows)
 
     def _recorded(
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], size: int, options: Any, device: str
-    ) -> Callable[[int], None]:
+    ) -> Callable[[], list[Array]]:
         binding, make = self._session.io_binding(), runtime.load().OrtValue.ortvalue_from_shape_and_type
         options.add_run_config_entry(GRAPH_ID, str(size))
 
-        def bound(specs: Sequence[TensorSpec], buffers: Sequence[Array], bind: Callable[[str, Any], None]) -> list[Any]:
+        def bound(specs: Sequence[TensorSpec], bind: Callable[[str, Any], None]) -> list[Any]:
             values = []
-            for spec, buffer in zip(specs, buffers, strict=True):
-                value = make((size, *spec.shape[1:]), buffer.dtype.type, device, 0)
+            for spec in specs:
+                value = make((size, *spec.shape[1:]), spec.dtype.type, device, 0)
                 bind(spec.name, value)
                 values.append(value)
             return values
 
-        taken = bound(inputs, self._inputs, binding.bind_ortvalue_input)
-        given = bound(outputs, self._outputs, binding.bind_ortvalue_output)
+        taken = bound(inputs, binding.bind_ortvalue_input)
+        given = bound(outputs, binding.bind_ortvalue_output)
 
-        def run(size: int) -> None:
-            for value, buffer in zip(taken, self._inputs, strict=True):
-                value.update_inplace(buffer[:size])
+        def run() -> list[Array]:
+            with self._copying():
+                for value, buffer in zip(taken, self._inputs, strict=True):
+                    value.update_inplace(buffer[:size])
             self._session.run_with_iobinding(binding, options)
-            for value, buffer in zip(given, self._outputs, strict=True):
-                buffer[:size] = value.numpy()
+            with self._copying():
+                return [value.numpy().copy() for value in given]
 
         return run
 

@@ -5,9 +5,12 @@ as tensors. Knows nothing of which versions there are, nor of requests.
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,9 +33,13 @@ from app.manifest import (
     verify_tensor_files,
 )
 from app.metrics import Metrics, ModelMetrics
+from app.plugins import Plugin
+from app.progress import Progress
 from app.sessions import ClassifierSession, Device, OnnxSession, Session
 from app.tensorrt import Engines
 from app.tensors import VARIABLE, Array, TensorSpec
+
+_AnySession = TypeVar("_AnySession", bound=OnnxSession)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -42,7 +49,7 @@ class LoadedModel:
     Attributes:
         name, version: what it is asked for by.
         digest: SHA-256 of its ONNX file.
-        provider: where it runs, `cpu`, `cuda` or `tensorrt`.
+        provider: where it runs, `cpu`, `cuda`, `tensorrt` or a plug-in's name.
         inputs, outputs: its tensors, in the graph's order.
         max_batch: rows of a run; 0: each request runs alone, in whatever shapes the graph takes.
         unbatched_why: where rows of different requests never share a run, why not; else empty.
@@ -96,7 +103,7 @@ class Loader:
         self,
         metrics: Metrics,
         *,
-        device: Device,
+        device: Device | Plugin,
         sessions: int,
         threads_per_session: int,
         max_batch: int,
@@ -108,13 +115,15 @@ class Loader:
         # `renames`: a model is called what it is asked for by, whatever name its manifest has.
         self._renames = renames
         self._metrics = metrics
-        self._device: Device = device
+        self._device = device
         self._sessions = sessions
         self._threads = threads_per_session
         self._max_batch = max_batch
         self._linger_s = linger_s
         self._gpu = gpu
         self._engines = (engines or Engines()).at_least(max_batch)
+        self.progress = Progress()
+        """What is being done for the version that is being opened."""
 
     def load(
         self, name: str, version: str, directory: Path, loop: asyncio.AbstractEventLoop
@@ -134,18 +143,22 @@ class Loader:
             BundleError: it is incomplete, altered, or does not reproduce its golden answers.
             SettingsError: a setting makes every model impossible (a device that is not there).
         """
-        manifest = manifest_of(name, version, directory, self._renames)
-        if isinstance(manifest, Manifest):
-            return self._load_classifier(Bundle(directory, manifest), loop)
-        return self._load_tensors(name, version, directory, manifest, loop)
+        with self.progress.step(f"{name} {version}"):
+            manifest = manifest_of(name, version, directory, self._renames)
+            if isinstance(manifest, Manifest):
+                return self._load_classifier(Bundle(directory, manifest), loop)
+            return self._load_tensors(name, version, directory, manifest, loop)
 
     def _load_classifier(self, bundle: Bundle, loop: asyncio.AbstractEventLoop) -> tuple[LoadedModel, float]:
         manifest = bundle.manifest
         verify_files(bundle)
-        sessions = [self._classifier_session(bundle) for _ in range(self._sessions)]
-        difference = max(prove(bundle, session.classify) for session in sessions)
-        for session in sessions:
-            warm_up(bundle, session, self._max_batch)
+        sessions = self._opened(f"{manifest.name} {manifest.version}", lambda: self._classifier_session(bundle))
+        differences = [0.0] * len(sessions)
+
+        def prepare(number: int) -> None:
+            differences[number] = prove(bundle, sessions[number].classify)
+            warm_up(bundle, sessions[number], self._max_batch)
+
         metrics = self._metrics.for_model(manifest.name, manifest.version)
         model = LoadedModel(
             manifest.name,
@@ -158,11 +171,11 @@ class Loader:
             "",
             manifest,
             None,
-            self._start(sessions, self._max_batch, loop, metrics),
+            self._start(sessions, self._max_batch, loop, metrics, prepare),
             metrics,
             Sampler(manifest, self._metrics),
         )
-        return model, difference
+        return model, max(differences)
 
     def _load_tensors(
         self,
@@ -175,9 +188,9 @@ class Loader:
         path = directory / (manifest.model.file if manifest else MODEL_FILE)
         if manifest is not None:
             verify_tensor_files(directory, manifest)
-        sessions = [
-            OnnxSession(path, self._device, self._threads, self._engines, self._gpu) for _ in range(self._sessions)
-        ]
+        sessions = self._opened(
+            f"{name} {version}", lambda: OnnxSession(path, self._device, self._threads, self._engines, self._gpu)
+        )
         difference = None
         if manifest is not None and manifest.golden is not None:
             difference = max(prove_tensors(directory, manifest, session) for session in sessions)
@@ -187,10 +200,12 @@ class Loader:
                 f"{path} takes whatever shapes each request has ({why}), and TensorRT would build an engine for each: "
                 "serve it with device cuda."
             )
-        for session in sessions:
+
+        def prepare(number: int) -> None:
             if max_batch > 1:
-                session.bind(batch_sizes(max_batch))
-            _warm_up_tensors(session, max_batch)
+                sessions[number].bind(batch_sizes(max_batch))
+            _warm_up_tensors(sessions[number], max_batch)
+
         metrics = self._metrics.for_model(name, version)
         row_by_row = bool(max_batch) and all(spec.shape[0] == 1 for spec in sessions[0].inputs)
         model = LoadedModel(
@@ -204,7 +219,7 @@ class Loader:
             why,
             None,
             manifest,
-            self._start(sessions, max(1, max_batch), loop, metrics),
+            self._start(sessions, max(1, max_batch), loop, metrics, prepare),
             metrics,
         )
         return model, difference
@@ -220,6 +235,16 @@ class Loader:
             return 1, "The first dimension is fixed at 1: rows run one by one."
         return self._max_batch, ""
 
+    def _opened(self, which: str, open_one: Callable[[], _AnySession]) -> list[_AnySession]:
+        """Return as many sessions as there are to be, made one after the other."""
+        sessions = []
+        slow = ", for which TensorRT takes the engine that it has kept, or builds one, in minutes"
+        for number in range(1, self._sessions + 1):
+            told = f"{which}: session {number} of {self._sessions}{slow if self._device == 'tensorrt' else ''}"
+            with self.progress.step(told):
+                sessions.append(open_one())
+        return sessions
+
     def _classifier_session(self, bundle: Bundle) -> ClassifierSession:
         # All golden images go through in one run.
         engines = self._engines.at_least(len(bundle.manifest.golden.images))
@@ -229,9 +254,30 @@ class Loader:
         return session
 
     def _start(
-        self, sessions: Sequence[Session], max_batch: int, loop: asyncio.AbstractEventLoop, metrics: ModelMetrics
+        self,
+        sessions: Sequence[Session],
+        max_batch: int,
+        loop: asyncio.AbstractEventLoop,
+        metrics: ModelMetrics,
+        prepare: Callable[[int], None],
     ) -> Batcher:
-        return Batcher(sessions, max_batch=max_batch, linger_s=self._linger_s, loop=loop, metrics=metrics)
+        """Have every session prepared on its own thread, and return what runs them."""
+        # On one GPU, sessions that try kernels at the same time would measure each other.
+        turn = nullcontext() if sessions[0].provider == "cpu" else threading.Lock()
+
+        def prepare_in_turn(number: int) -> None:
+            with turn:
+                prepare(number)
+
+        with self.progress.step(f"{metrics.model} {metrics.version}: golden answers and first runs"):
+            return Batcher(
+                sessions,
+                max_batch=max_batch,
+                linger_s=self._linger_s,
+                loop=loop,
+                metrics=metrics,
+                prepare=prepare_in_turn,
+            )
 
 
 def manifest_of(name: str, version: str, directory: Path, renames: bool) -> Manifest | TensorManifest | None:

@@ -81,6 +81,7 @@ class Metrics:
         """
         self.page = page or private_page()
         self.pages = pages or [self.page]
+        self.engines = engines
         self._counted = [*self.pages, *engines, *([common] if common else [])]
         self.families: dict[str, AnyFamily] = {}
         self._declare_requests(tuple(sorted({*LATENCY_BUCKETS_S, slo_s})))
@@ -189,6 +190,11 @@ class Metrics:
         ))
         self.session_busy = add(Counter(
             page, "convoy_session_busy_seconds_total", "Time that a session spent running.",
+            ("model", "device", "session"),
+        ))
+        self.session_copying = add(Counter(
+            page, "convoy_session_copy_seconds_total",
+            "Time of these in which rows and scores were copied to and from a GPU's buffers.",
             ("model", "device", "session"),
         ))
         self.wanted_device = add(Largest(
@@ -367,6 +373,10 @@ class ModelMetrics:
     def busy(self, device: str, session: int) -> Number:
         """Return the busy-time counter of one session."""
         return self._metrics.session_busy.labels(self.model, device, session)
+
+    def copying(self, device: str, session: int) -> Number:
+        """Return the counter of the time in which one session's rows and scores were copied."""
+        return self._metrics.session_copying.labels(self.model, device, session)
 
     def ran(self, rows: int, seconds: float, padding: int = 0) -> None:
         """Count one session run."""

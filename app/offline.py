@@ -12,7 +12,7 @@ from app.images import decode, forbid_pillow_guesses
 from app.loading import check_graph
 from app.manifest import Bundle, read_bundle, verify_files
 from app.scores import Score, top_k
-from app.sessions import ClassifierSession
+from app.sessions import ClassifierSession, place
 from app.settings import Settings
 from app.tensorrt import Engines
 from app.versions import default_of, find_models
@@ -46,9 +46,8 @@ class Classifier:
         self._threads = settings.sessions or usable_cpus()
         rows = max(settings.max_batch, len(self.bundle.manifest.golden.images))
         engines = Engines(rows, settings.tensorrt_cache, settings.tensorrt_fp16)
-        self._session = ClassifierSession(
-            self.bundle.model_path, settings.device, settings.threads_per_session, engines
-        )
+        device = place(settings.device, settings.plugin, settings.plugin_hardware, settings.plugin_options)
+        self._session = ClassifierSession(self.bundle.model_path, device, settings.threads_per_session, engines)
         check_graph(self.bundle, self._session)
         prove(self.bundle, self._session.classify)
         self._max_pixels = settings.max_image_pixels

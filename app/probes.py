@@ -54,7 +54,7 @@ class Probes:
         One worker that is ready makes the service ready: the others leave new connections to it.
         """
         self._refresh()
-        return readiness(self._metrics.pages)
+        return readiness(self._metrics.pages, self._metrics.engines)
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """Return every series and their format's media type: OpenMetrics for who accepts it, else Prometheus text."""
@@ -95,8 +95,8 @@ def has_lost_its_device(run_s: float) -> bool:
     return run_s > -LONG_AGO
 
 
-def readiness(pages: Sequence[Page]) -> tuple[int, dict[str, Any]]:
-    """Return status and content of `/readyz` from the pages of a service."""
+def readiness(pages: Sequence[Page], engines: Sequence[Page] = ()) -> tuple[int, dict[str, Any]]:
+    """Return status and content of `/readyz` from the pages of a service, and of its engines."""
     reasons, models, workers = dict[str, None](), dict[str, str](), dict[str, str]()
     ready = False
     for page in pages:
@@ -116,6 +116,10 @@ def readiness(pages: Sequence[Page]) -> tuple[int, dict[str, Any]]:
             models[name] = max(models.get(name, state), state, key=_trust)
     reason = "" if ready else " ".join(reasons) or "No worker is running."
     content: dict[str, Any] = {"ready": ready, "reason": reason, "models": models}
+    # Those who open models know more of it than those who wait for them.
+    loading = [page.note.get("loading", "") for page in (engines or pages) if page.pid]
+    if any(loading):
+        content["loading"] = list(dict.fromkeys(filter(None, loading)))
     if len(pages) > 1:
         content["workers"] = workers
     return 200 if ready else 503, content

@@ -39,6 +39,7 @@ from app.operations import Operations
 from app.pages import WriterState
 from app.probes import ProbePort, Probes
 from app.repository import Repository, State
+from app.sessions import place
 from app.settings import Settings
 from app.tensorrt import Engines
 from app.tls import certificate_of, options
@@ -188,7 +189,8 @@ class Service:
         if self.grpc is not None:
             self.grpc.show(not self.why_not_ready())
         models = {entry.name: entry.state.value for entry in self.repository.entries.values()}
-        shown = self.state(), {"reason": self.why_not_ready(), "models": models, **self.operations.note}
+        note = {"reason": self.why_not_ready(), "models": models, "loading": self._loader.progress.told}
+        shown = self.state(), {**note, **self.operations.note}
         if shown != self._shown:
             self.page.tell(*shown)
             self._shown = shown
@@ -267,7 +269,7 @@ def loader_of(settings: Settings, metrics: Metrics, cpus: int) -> Loader:
     """Return what opens models in this process, with sessions for so many processors."""
     return Loader(
         metrics,
-        device=settings.device,
+        device=place(settings.device, settings.plugin, settings.plugin_hardware, settings.plugin_options),
         sessions=settings.sessions or cpus,
         threads_per_session=settings.threads_per_session,
         max_batch=settings.max_batch,
@@ -579,5 +581,6 @@ def run_models(settings: Settings, metrics: Metrics, lifeline: int, mailbox: soc
             lifeline,
             device=settings.device,
             threads_per_session=settings.threads_per_session,
+            progress=loader.progress,
         )
     )

@@ -8,35 +8,44 @@ import dataclasses
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app import cuda, runtime, tensorrt
+from app import cuda, plugins, runtime, tensorrt
 from app.binding import GRAPH_ID, Bound, can_bind
 from app.errors import BundleError, DeviceLostError, SettingsError
 from app.manifest import ENERGY_NAME, INPUT_NAME, OUTPUT_NAME
+from app.plugins import Hardware, Plugin
 from app.tensors import VARIABLE, Array, TensorSpec, datatype_of
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-_NAMES = {tensorrt.PROVIDER: "tensorrt", CUDA: "cuda", CPU: "cpu"}
-_STRICT = frozenset({"cuda", "tensorrt"})
-"""Devices that mean themselves or nothing."""
 
-# Creating two sessions on one GPU at once has crashed (onnxruntime issue 26610).
-_creation = threading.Lock()
+_alone = threading.Lock()
+"""Held while a session is made, for two at once on one GPU have crashed (onnxruntime issue 26610), and while launches
+are recorded or replayed: a recording is spoilt when any other thread of the process asks CUDA for memory meanwhile."""
+
+
+def place(device: Device | Literal["plugin"], library: str, hardware: Hardware, options: str) -> Device | Plugin:
+    """Return where sessions are to run, as settings say it.
+
+    Raises:
+        SettingsError: it is to be a plug-in, and which one is not said, or not how.
+    """
+    return Plugin.parse(library, hardware, options) if device == "plugin" else device
 
 
 class Session(Protocol):
     """A loaded graph."""
 
     provider: str
-    """`cpu`, `cuda` or `tensorrt`: where the graph really runs."""
+    """`cpu`, `cuda`, `tensorrt` or a plug-in's name: where the graph really runs."""
 
     def run(self, *inputs: Array) -> tuple[Array, ...]:
         """Turn the graph's inputs, in its order, into its outputs, in its order.
@@ -54,6 +63,10 @@ class Session(Protocol):
         """Return how many rows a run of so many is filled up with."""
         ...
 
+    def copied_s(self) -> float:
+        """Return the time that went into copying since this was last asked, seconds; 0 where nothing is for its own."""
+        ...
+
 
 class PlainSession:
     """What every session does that has no buffers of its own."""
@@ -66,19 +79,23 @@ class PlainSession:
         """See `Session.padding`."""
         return 0
 
+    def copied_s(self) -> float:
+        """See `Session.copied_s`."""
+        return 0.0
+
 
 class OnnxSession(PlainSession):
     """An ONNX Runtime session over any graph of tensors.
 
     Attributes:
-        provider: `cpu`, `cuda` or `tensorrt`; with the last, what TensorRT does not know runs in CUDA.
+        provider: `cpu`, `cuda`, `tensorrt` or a plug-in's name; what TensorRT does not know runs in CUDA.
         inputs, outputs: what the graph takes and gives, in its order.
     """
 
     def __init__(
         self,
         path: Path,
-        device: Device,
+        device: Device | Plugin,
         threads: int,
         engines: tensorrt.Engines | None = None,
         gpu: cuda.Cuda | None = None,
@@ -94,14 +111,16 @@ class OnnxSession(PlainSession):
 
         Raises:
             BundleError: the file is not a graph that ONNX Runtime can load, or takes or gives more than tensors.
-            SettingsError: `device` is cuda or tensorrt and the graph does not run there.
+            SettingsError: `device` is cuda, tensorrt or a plug-in, and the graph does not run there.
         """
-        with _creation:
+        with _alone:
             self._session = _create(path, device, threads, engines or tensorrt.Engines(), gpu or cuda.Cuda())
-        self.provider = _NAMES.get(self._session.get_providers()[0], "cpu")
-        if device in _STRICT and self.provider != device:
+        self.provider = plugins.name_of(self._session.get_providers()[0])
+        wanted = plugins.name_of(plugins.device_of(device).ep_name) if isinstance(device, Plugin) else device
+        if _is_strict(device) and self.provider != wanted:
             raise SettingsError(
-                f"device is {device}, but ONNX Runtime gave a session in {self.provider}: no such device is usable."
+                f"device is {_told(device)}, but ONNX Runtime gave a session in {self.provider}: no such device is "
+                "usable."
             )
         self.inputs = _specs(self._session.get_inputs(), path)
         self.outputs = _specs(self._session.get_outputs(), path)
@@ -140,11 +159,16 @@ class OnnxSession(PlainSession):
         """See `Session.padding`."""
         return 0 if self._bound is None else self._bound.padding(rows)
 
+    def copied_s(self) -> float:
+        """See `Session.copied_s`."""
+        return 0.0 if self._bound is None else self._bound.copied_s()
+
     def run(self, *inputs: Array) -> tuple[Array, ...]:
         """See `Session.run`."""
         try:
             if self._bound is not None:
-                return self._bound.run(*inputs)
+                with _alone if self._records else nullcontext():
+                    return self._bound.run(*inputs)
             fed = dict(zip(self._input_names, inputs, strict=True))
             return tuple(self._session.run(self._output_names, fed, self._options))
         except Exception as error:
@@ -159,7 +183,7 @@ class ClassifierSession(OnnxSession):
     def __init__(
         self,
         path: Path,
-        device: Device,
+        device: Device | Plugin,
         threads: int,
         engines: tensorrt.Engines | None = None,
         gpu: cuda.Cuda | None = None,
@@ -168,7 +192,7 @@ class ClassifierSession(OnnxSession):
 
         Raises:
             BundleError: the file is not a graph that ONNX Runtime can load, or lacks the bundle's input or output.
-            SettingsError: `device` is cuda or tensorrt and the graph does not run there.
+            SettingsError: `device` is cuda, tensorrt or a plug-in, and the graph does not run there.
         """
         super().__init__(path, device, threads, engines, gpu)
         _expect(self.inputs, INPUT_NAME, "UINT8", path)
@@ -200,17 +224,46 @@ def _run_options() -> Any:
     return options
 
 
-def _create(path: Path, device: Device, threads: int, engines: tensorrt.Engines, gpu: cuda.Cuda) -> Any:
+def _create(path: Path, device: Device | Plugin, threads: int, engines: tensorrt.Engines, gpu: cuda.Cuda) -> Any:
     ort = runtime.load()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Spinning threads would take the processor from the event loop and the decoders, and burn a container's quota.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers = _providers(ort, device)
-    if device in _STRICT:
+    if _is_strict(device):
         # Without this key ONNX Runtime falls back to the CPU in silence; with it, naming the CPU provider is an error.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    given = _given(ort, options, path, device, engines, gpu)
+    try:
+        # A provider that fails would else be dropped for the next, with no more than words on standard output.
+        return ort.InferenceSession(str(path), options, providers=given, enable_fallback=not _is_strict(device))
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated classes, some straight from pybind11
+        if _is_strict(device):
+            reason = (isinstance(device, str) and cuda.missing_driver()) or _first_line(error)
+            raise SettingsError(f"device is {_told(device)}, but {path} does not run on it: {reason}") from error
+        raise BundleError(f"{path} is not a graph that ONNX Runtime can load: {_first_line(error)}") from error
+
+
+def _is_strict(device: Device | Plugin) -> bool:
+    """Tell whether a device means itself or nothing."""
+    return isinstance(device, Plugin) or device in ("cuda", "tensorrt")
+
+
+def _told(device: Device | Plugin) -> str:
+    return f"plugin {device.library}" if isinstance(device, Plugin) else device
+
+
+def _given(
+    ort: Any, options: Any, path: Path, device: Device | Plugin, engines: tensorrt.Engines, gpu: cuda.Cuda
+) -> list[str | tuple[str, dict[str, str]]] | None:
+    """Return the providers for a session, each with what it is told; None: the options have a plug-in's device."""
+    if isinstance(device, Plugin):
+        options.add_provider_for_devices([plugins.device_of(device)], dict(device.options))
+        return None
+    providers = _providers(ort, device)
+    if device == "tensorrt" and not gpu.tf32:
+        tensorrt.forbid_tf32()
     if CUDA in providers:
         ort.preload_dlls()
     given: list[str | tuple[str, dict[str, str]]] = list(providers)
@@ -219,15 +272,8 @@ def _create(path: Path, device: Device, threads: int, engines: tensorrt.Engines,
         own = dataclasses.replace(gpu, graphs=gpu.graphs and device != "tensorrt")
         given[providers.index(CUDA)] = (CUDA, cuda.options(own))
     if device == "tensorrt":
-        given[0] = (tensorrt.PROVIDER, _tensorrt_options(ort, path, engines))
-    try:
-        # A provider that fails would else be dropped for the next, with no more than words on standard output.
-        return ort.InferenceSession(str(path), options, providers=given, enable_fallback=device not in _STRICT)
-    except Exception as error:  # ONNX Runtime raises a dozen unrelated classes, some straight from pybind11
-        if device in _STRICT:
-            reason = cuda.missing_driver() or _first_line(error)
-            raise SettingsError(f"device is {device}, but {path} does not run on it: {reason}") from error
-        raise BundleError(f"{path} is not a graph that ONNX Runtime can load: {_first_line(error)}") from error
+        given[0] = (tensorrt.PROVIDER, _tensorrt_options(ort, path, engines, gpu.tf32))
+    return given
 
 
 def _providers(ort: Any, device: Device) -> list[str]:
@@ -249,7 +295,7 @@ def _providers(ort: Any, device: Device) -> list[str]:
             return [CPU]
 
 
-def _tensorrt_options(ort: Any, path: Path, engines: tensorrt.Engines) -> dict[str, str]:
+def _tensorrt_options(ort: Any, path: Path, engines: tensorrt.Engines, tf32: bool) -> dict[str, str]:
     """Return the provider's options for a graph, whose inputs a session on the CPU tells, which runs nothing."""
     version = tensorrt.load_libraries()
     options = ort.SessionOptions()
@@ -258,7 +304,7 @@ def _tensorrt_options(ort: Any, path: Path, engines: tensorrt.Engines) -> dict[s
         inputs = ort.InferenceSession(str(path), options, providers=[CPU]).get_inputs()
     except Exception as error:
         raise BundleError(f"{path} is not a graph that ONNX Runtime can load: {_first_line(error)}") from error
-    versions = f"onnxruntime-{ort.__version__}-tensorrt-{version}"
+    versions = f"onnxruntime-{ort.__version__}-tensorrt-{version}{'-tf32' if tf32 else ''}"
     found = tensorrt.options(path, [(node.name, node.shape) for node in inputs], engines, versions)
     tensorrt.make_room(found)
     return found

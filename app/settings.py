@@ -91,9 +91,19 @@ class Settings(BaseModel):
         le=86_400,
         description="Look this often whether the models directory has changed, and follow it; 0: only when told.",
     )
-    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+    device: Literal["auto", "cpu", "cuda", "tensorrt", "plugin"] = Field(
         default="auto",
-        description="cuda and tensorrt mean that or no start; auto takes CUDA where it works and says what it took.",
+        description="auto takes CUDA where it works and says what it took; cuda, tensorrt, plugin: that, or no start.",
+    )
+    plugin: str = Field(
+        default="",
+        description="With device plugin: a package that brings a provider (onnxruntime_ep_openvino), or its library.",
+    )
+    plugin_hardware: Literal["any", "cpu", "gpu", "npu"] = Field(
+        default="any", description="Which of the devices that it finds; any: the first."
+    )
+    plugin_options: str = Field(
+        default="", description="The provider's own options, as in num_of_threads=1,precision=FP16."
     )
     tensorrt_cache: str = Field(
         default="",
@@ -108,7 +118,8 @@ class Settings(BaseModel):
     )
     cuda_nhwc: bool = Field(default=False, description="Let convolutions run on channels-last tensors in CUDA.")
     cuda_tf32: bool = Field(
-        default=True, description="Let CUDA round float32 products to TF32; the golden answers must still come out."
+        default=False,
+        description="Let CUDA and TensorRT round float32 products to TF32; the golden answers must still come out.",
     )
     cuda_graphs: bool = Field(
         default=False, description="Record the launches of each batch size once and replay them: for small networks."

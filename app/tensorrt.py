@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ LIBRARIES = ("libnvinfer.so.10", "libnvonnxparser.so.10")
 """What the provider of onnxruntime-gpu 1.31 is linked with, beside CUDA and cuDNN (`readelf -d`); in this order."""
 PACKAGE = "tensorrt_libs"
 """Where pip puts them (`tensorrt-cu13-libs`), which no loader searches."""
+
+TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
 Shape = Sequence[int | str | None]
 """A graph's input as ONNX Runtime has it: a number, or the name of a variable dimension."""
@@ -44,6 +47,14 @@ class Engines:
     def at_least(self, rows: int) -> "Engines":
         """Return the same for so many rows, or more."""
         return dataclasses.replace(self, rows=max(rows, self.rows))
+
+
+def forbid_tf32() -> None:
+    """Have NVIDIA's libraries compute float32 products in full, which TensorRT has no option for here.
+
+    They look once, when they are loaded. https://docs.nvidia.com/deeplearning/tensorrt/ (NVIDIA_TF32_OVERRIDE)
+    """
+    os.environ.setdefault(TF32_VARIABLE, "0")
 
 
 def load_libraries() -> int:

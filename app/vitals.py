@@ -11,7 +11,6 @@ from app.cpus import cpu_limit
 from app.gpu import GpuWatch
 from app.metrics import Metrics
 from app.runtime import installed_wheels
-from app.sessions import Device
 
 STEP_S = 0.1
 
@@ -24,7 +23,7 @@ class RunsModels(Protocol):
         ...
 
     def providers(self) -> set[str]:
-        """Return where models run: `cpu`, `cuda`, `tensorrt`."""
+        """Return where models run: `cpu`, `cuda`, `tensorrt` or a plug-in's name."""
         ...
 
 
@@ -32,7 +31,7 @@ class Vitals:
     """Shows what is true from the start, and goes on measuring on the event loop from `start` to `close`."""
 
     def __init__(
-        self, metrics: Metrics, models: RunsModels, *, device: Device, decode_threads: int, threads_per_session: int
+        self, metrics: Metrics, models: RunsModels, *, device: str, decode_threads: int, threads_per_session: int
     ) -> None:
         """Show what is running, and where it should run.
 
@@ -81,7 +80,7 @@ class Vitals:
         self._timer = loop.call_at(now + STEP_S, self._tick, now + STEP_S)
 
 
-def wanted_device(device: Device, runtime: str) -> str:
+def wanted_device(device: str, runtime: str) -> str:
     """Return where models should run: `auto` on the wheel for GPUs means a GPU, or something is wrong."""
     if device != "auto":
         return device

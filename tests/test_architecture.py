@@ -52,6 +52,8 @@ FLOORS = {
     "app.vitals": 6,
     "app.cluster": 8,
     "app.pages": 0,
+    "app.plugins": 2,
+    "app.progress": 0,
     "app.runtime": 1,
     "app.scores": 1,
     "app.settings": 1,

@@ -44,7 +44,7 @@ from app.errors import ConvoyError, SettingsError, UnavailableError
 from app.loading import Load, LoadedModel
 from app.metrics import Metrics
 from app.pages import WriterState
-from app.sessions import Device
+from app.progress import Progress
 from app.tensors import Array
 from app.versions import Stamp, stamp_of
 from app.vitals import Vitals
@@ -139,13 +139,15 @@ class _Answer:
 class EngineProcess:
     """Serves fronts with the models that they ask for, on the running loop."""
 
-    def __init__(self, metrics: Metrics, load: Load) -> None:
+    def __init__(self, metrics: Metrics, load: Load, progress: Progress | None = None) -> None:
         """Prepare.
 
         Args:
             metrics: where it counts, and its page.
             load: opens a version; called on a thread of its own, one version at a time.
+            progress: how far it is with that; None: nobody knows.
         """
+        self._progress = progress or Progress()
         self._page = metrics.page
         self._metrics = metrics
         self._load = load
@@ -173,14 +175,17 @@ class EngineProcess:
 
     async def run(self, vitals: Vitals) -> None:
         """Serve until `stop`, and show how this process is."""
-        self._page.tell(WriterState.READY, {})
         vitals.start()
+        shown = None
         while self._fronts or not self._stopping:
             self._page.beat()
             self._page.show_run(
                 min(filter(None, (model.batcher.running_since for model in self._loaded())), default=0.0)
             )
             vitals.show()
+            if (loading := self._progress.told) != shown:
+                self._page.tell(WriterState.READY, {"loading": loading})
+                shown = loading
             await asyncio.sleep(TICK_S)
 
     def show_queues(self) -> int:
@@ -188,7 +193,7 @@ class EngineProcess:
         return sum(model.batcher.show() for model in self._loaded())
 
     def providers(self) -> set[str]:
-        """Return where models run: `cpu`, `cuda`, `tensorrt`."""
+        """Return where models run: `cpu`, `cuda`, `tensorrt` or a plug-in's name."""
         return {model.provider for model in self._loaded()}
 
     def _loaded(self) -> list[LoadedModel]:
@@ -418,7 +423,14 @@ def described(model: LoadedModel, difference: float | None) -> dict[str, Any]:
 
 
 async def serve(
-    metrics: Metrics, load: "LoadOn", mailbox: socket.socket, lifeline: int, *, device: Device, threads_per_session: int
+    metrics: Metrics,
+    load: "LoadOn",
+    mailbox: socket.socket,
+    lifeline: int,
+    *,
+    device: str,
+    threads_per_session: int,
+    progress: Progress | None = None,
 ) -> None:
     """Be an engine until SIGTERM, or until the supervisor is gone.
 
@@ -429,9 +441,10 @@ async def serve(
         lifeline: a pipe's end that is closed when the supervisor is gone.
         device: where models should run.
         threads_per_session: inside each session.
+        progress: how far `load` is; None: nobody knows.
     """
     loop = asyncio.get_running_loop()
-    engine = EngineProcess(metrics, lambda name, version, directory: load(name, version, directory, loop))
+    engine = EngineProcess(metrics, lambda name, version, directory: load(name, version, directory, loop), progress)
     meetings = Mailbox(mailbox, engine.meet)
 
     def supervisor_is_gone() -> None:

@@ -44,6 +44,7 @@ from app.errors import BundleError, InferenceError, QueueFullError, SettingsErro
 from app.loading import LoadedModel, manifest_of
 from app.manifest import Manifest
 from app.metrics import Metrics, ModelMetrics
+from app.progress import Progress
 from app.tensors import VARIABLE, Array, TensorSpec
 
 log = logging.getLogger(__name__)
@@ -314,6 +315,8 @@ class Links:
             renames: a model is called what it is asked for by, whatever name its manifest has.
         """
         self._metrics = metrics
+        self.progress = Progress()
+        """Of this process's part in opening a version; the engines show theirs."""
         self._renames = renames
         self._links: list[Link] = []
         self._batchers: set[RemoteBatcher] = set()
@@ -362,10 +365,9 @@ class Links:
         manifest = manifest_of(name, version, directory, self._renames)
         metrics = self._metrics.for_model(name, version)
         batcher = RemoteBatcher(self._links, next(self._tokens), name, version, directory, loop, metrics)
-        while True:
-            said = self._opened(batcher, loop)
-            if said is not None:
-                break
+        with self.progress.step(f"{name} {version}: waiting for the engines"):
+            while (said := self._opened(batcher, loop)) is None:
+                pass
         if "fault" in said:
             loop.call_soon_threadsafe(self._forget, batcher)
             raise {"settings": SettingsError}.get(said["fault"], BundleError)(said["reason"])

@@ -210,6 +210,7 @@ BATCHING = Dashboard("convoy-batching", "Convoy: batching", {
               {"{{model}}": f"convoy:session_busy:ratio_rate5m{{{RULED}}}"}, most=1, width=12),
         Panel("Busy sessions", "Of those that there are, how many run on average.", "none", {
             "{{model}} busy": rate("convoy_session_busy_seconds_total", "model"),
+            "{{model}} copying": rate("convoy_session_copy_seconds_total", "model"),
             "{{model}} there": f"sum by (model) (convoy_sessions{{{MODEL}}})",
         }, width=12),
     ),

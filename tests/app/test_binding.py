@@ -53,6 +53,22 @@ def test_an_answer_is_not_changed_by_the_next_run(colours):
     assert (first == kept).all()
 
 
+def test_rows_that_failed_are_not_what_later_batches_are_filled_up_with():
+    taken = helper.make_tensor_value_info("index", TensorProto.INT64, ["N", 1])
+    given = helper.make_tensor_value_info("found", TensorProto.FLOAT, ["N", 1])
+    table = helper.make_tensor("table", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "index"], ["found"])], "g", [taken], [given], [table]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = load().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inputs, outputs = (TensorSpec("index", "INT64", (-1, 1)),), (TensorSpec("found", "FP32", (-1, 1)),)
+    bound = Bound(session, inputs, outputs, (1, 2, 4), zeros, load().RunOptions)
+    with pytest.raises(Exception, match="out of data bounds"):
+        bound.run(np.array([[0], [1], [2], [9]]))
+    assert bound.run(np.array([[0], [1], [2]]))[0].tolist() == [[1.0], [2.0], [3.0]]
+
+
 def test_joined_rows_are_where_the_run_wants_them(colours):
     bound = bound_to(colours, (1, 4, 8))
     rng = np.random.default_rng(2)
@@ -89,13 +105,13 @@ def test_the_provider_is_told_the_settings():
     assert cuda.options(Cuda()) == {
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         "prefer_nhwc": "0",
-        "use_tf32": "1",
+        "use_tf32": "0",
         "enable_cuda_graph": "0",
         "arena_extend_strategy": "kSameAsRequested",
     }
-    told = cuda.options(Cuda("heuristic", nhwc=True, tf32=False, graphs=True, memory_bytes=2_000_000_000))
+    told = cuda.options(Cuda("heuristic", nhwc=True, tf32=True, graphs=True, memory_bytes=2_000_000_000))
     assert told["gpu_mem_limit"] == "2000000000"
-    assert (told["prefer_nhwc"], told["use_tf32"], told["enable_cuda_graph"]) == ("1", "0", "1")
+    assert (told["prefer_nhwc"], told["use_tf32"], told["enable_cuda_graph"]) == ("1", "1", "1")
 
 
 @pytest.mark.parametrize(

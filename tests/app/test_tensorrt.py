@@ -137,7 +137,7 @@ def test_a_cache_that_cannot_be_written_to_is_told_before_minutes_of_building(as
 
 
 def test_a_session_that_came_out_on_another_provider_is_refused(asked, bundle, monkeypatch):
-    monkeypatch.setitem(sessions._NAMES, PROVIDER, "cuda")
+    monkeypatch.setattr(sessions.plugins, "name_of", lambda _: "cuda")
     with pytest.raises(SettingsError, match="device is tensorrt, but ONNX Runtime gave a session in cuda"):
         ClassifierSession(bundle.model_path, "tensorrt", 1)
 
