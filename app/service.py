@@ -55,6 +55,8 @@ GARBAGE_THRESHOLD = 20_000
 """Allocations between two collections of the youngest garbage; Python's 700 are one request of a few images."""
 PATIENCE_S = 5.0
 """Beyond a request's deadline, how long it may still hold a version that has been replaced."""
+GPU_SESSIONS = 2
+"""Of each model, if nobody says: one keeps a GPU busy, and with two one copies while the other computes."""
 TICKS_A_SECOND = 10
 DRAIN_STEP_S = 0.02
 LAST_REQUEST_S = 0.5
@@ -268,7 +270,7 @@ def loader_of(settings: Settings, metrics: Metrics, cpus: int) -> Loader:
     return Loader(
         metrics,
         device=settings.device,
-        sessions=settings.sessions or cpus,
+        sessions=settings.sessions or (GPU_SESSIONS if settings.device in ("cuda", "tensorrt") else cpus),
         threads_per_session=settings.threads_per_session,
         max_batch=settings.max_batch,
         linger_s=settings.linger_ms / 1000,
