@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -36,6 +37,7 @@ from tests.deploy.kustomize import (
     render,
 )
 
+OPERATIONS = ROOT / "docs/operations.md"
 RELEASES = ("1.34", "1.37")
 SCHEMAS = yaml.safe_load((ROOT / "tests/deploy/schemas.yaml").read_text())["resources"]
 VOLUMES = {
@@ -375,6 +377,11 @@ def test_image_is_this_version(variant, tag):
     }
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_the_image_that_the_docs_build_is_the_one_that_is_run(page):
+    assert f"docker build -t convoy:{app.__version__}-cpu ." in (ROOT / page).read_text()
+
+
 def test_tensorrts_engines_are_kept_on_a_volume_of_the_pods_own():
     pod = pods(render(ON_TENSORRT))["Deployment/convoy"]
     [container] = pod["containers"]
@@ -475,9 +482,9 @@ def test_fetched_models_are_where_the_service_looks():
 
 
 def test_the_kustomization_of_the_docs_renders(tmp_path):
-    text = (ROOT / "docs/operations.md").read_text()
+    text = OPERATIONS.read_text()
     [example] = re.findall(r"```yaml\n(# kustomization\.yaml\n.*?)```", text, re.DOTALL)
-    (tmp_path / "convoy").symlink_to(ROOT)
+    shutil.copytree(K8S, tmp_path / "convoy/k8s")
     (tmp_path / "kustomization.yaml").write_text(example)
     manifests = kustomize(tmp_path)
     assert {manifest["metadata"].get("namespace", "shop") for manifest in manifests} == {"shop"}
@@ -487,8 +494,57 @@ def test_the_kustomization_of_the_docs_renders(tmp_path):
     assert container["resources"]["limits"]["memory"] == "4Gi"
     [trigger] = one(manifests, "ScaledObject")["spec"]["triggers"]
     assert trigger["metadata"]["threshold"] == "1.7"
+    [before] = one(render((*ON_CPU, "autoscaling-keda")), "ScaledObject")["spec"]["triggers"]
+    assert trigger["metadata"]["query"] == before["metadata"]["query"].replace('convoy"', 'shop"')
+    assert trigger["metadata"]["query"].count('namespace="shop"') == 3
+
+
+def patched(directory: Path, variant: tuple[str, ...], about: str) -> list[dict[str, Any]]:
+    """Render a variant with the piece of a kustomization that the documentation has about something."""
+    [piece] = [each for each in re.findall(r"```yaml\n(.*?)```", OPERATIONS.read_text(), re.DOTALL) if about in each]
+    shutil.copytree(K8S, directory / "convoy/k8s")
+    (directory / "convoy.toml").write_text("sessions = 3\nmax_batch = 32\n")
+    overlay, *components = variant
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"convoy/k8s/overlays/{overlay}"],
+        "components": [f"convoy/k8s/components/{component}" for component in components],
+    }
+    (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization) + piece)
+    return kustomize(directory)
+
+
+@pytest.mark.parametrize("variant", [ON_CPU, ON_GPU, ON_TENSORRT], ids=as_written)
+def test_what_tune_has_found_holds_where_it_is_mounted(tmp_path, variant):
+    manifests = patched(tmp_path, variant, "convoy-settings")
+    pod = pods(manifests)["Deployment/convoy"]
+    environment = environment_of(pod["containers"][0])
+    file = environment["CONVOY_SETTINGS"]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "settings"]
+    settings = one(manifests, "ConfigMap")
+    assert volume["configMap"]["name"] == settings["metadata"]["name"], "a changed file is a rollout"
+    mounted = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounted[file.rpartition("/")[0]] == "settings"
+    (tmp_path / "mounted").write_text(settings["data"][file.rpartition("/")[2]])
+    found = Settings.from_sources(environment | {"CONVOY_SETTINGS": str(tmp_path / "mounted")})
+    assert (found.sessions, found.max_batch) == (3, 32)
+
+
+def test_the_models_image_is_the_one_that_is_named(tmp_path):
+    pod = pods(patched(tmp_path, (*ON_CPU, "model-image"), "reference:"))["Deployment/convoy"]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "models"]
+    assert volume["image"]["reference"].startswith("registry.example.com/convoy-models@sha256:")
+    assert volume["image"]["pullPolicy"] == "IfNotPresent"
+
+
+def test_commands_of_the_docs_say_in_which_namespace():
+    text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    commands = re.findall(r"`kubectl [^`]*`", text)
+    assert len(commands) > 4
+    assert [each for each in commands if not re.search(r" -n convoy | apply -k|kubectl exec …", each)] == []
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_component_is_in_the_docs(component):
-    assert f"`{component}`" in (ROOT / "docs/operations.md").read_text()
+    assert f"`{component}`" in OPERATIONS.read_text()
