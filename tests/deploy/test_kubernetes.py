@@ -11,6 +11,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -127,7 +128,7 @@ def test_all_that_was_ordered_is_there():
     assert set(OVERLAYS) == {"cpu", "gpu", "gpu-tensorrt", "kserve"}
     assert {
         "autoscaling-hpa", "autoscaling-keda", "dra", "gateway", "model-fetch", "model-image", "model-volume",
-        "monitoring", "training",
+        "monitoring", "tracing", "training",
     } == set(COMPONENTS)  # fmt: skip
 
 
@@ -479,6 +480,16 @@ def test_fetched_models_are_where_the_service_looks():
     assert fetching["command"][-1] == environment_of(serving)["CONVOY_MODELS"]
     mounts = {mount["mountPath"]: mount for mount in serving["volumeMounts"]}
     assert mounts["/models"]["readOnly"] is True
+
+
+def test_traces_have_a_way_out_to_where_they_are_sent():
+    manifests = render((*ON_CPU, "tracing"))
+    [container] = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    endpoint = urlsplit(Settings.from_sources(environment_of(container)).trace_endpoint)
+    _, way = one(manifests, "NetworkPolicy", "convoy-tracing")["spec"]["egress"]
+    assert way["ports"] == [{"port": endpoint.port}]
+    namespace = way["to"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert endpoint.hostname.split(".")[1] == namespace
 
 
 def test_the_kustomization_of_the_docs_renders(tmp_path):
