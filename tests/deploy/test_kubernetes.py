@@ -198,6 +198,13 @@ def test_every_container_knows_its_bounds(variant):
 
 
 @each_variant
+def test_no_start_waits_for_a_walk_over_a_volume(variant):
+    for pod in pods(render(variant)).values():
+        context = pod.get("securityContext", {})
+        assert context.get("fsGroupChangePolicy", "Always") == "OnRootMismatch" or "fsGroup" not in context
+
+
+@each_variant
 def test_settings_are_ones_the_service_takes(variant):
     for owner, pod in pods(render(variant)).items():
         for container in pod["containers"] if owner.startswith("Deployment") else ():
