@@ -514,7 +514,7 @@ def test_the_kustomization_of_the_docs_renders(tmp_path):
     assert trigger["metadata"]["threshold"] == "1.7"
     [before] = one(render((*ON_CPU, "autoscaling-keda")), "ScaledObject")["spec"]["triggers"]
     assert trigger["metadata"]["query"] == before["metadata"]["query"].replace('convoy"', 'shop"')
-    assert trigger["metadata"]["query"].count('namespace="shop"') == 3
+    assert trigger["metadata"]["query"].count('namespace="shop"') == 4
 
 
 def patched(directory: Path, variant: tuple[str, ...], about: str) -> list[dict[str, Any]]:
