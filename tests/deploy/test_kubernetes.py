@@ -422,6 +422,13 @@ def test_tensorrts_image_is_made_upon_the_gpus():
 
 
 @pytest.mark.parametrize("overlay", [ON_GPU, ON_TENSORRT], ids=as_written)
+def test_what_cuda_compiles_has_room(overlay, dockerfile):
+    assert dockerfile.environment("runtime")["HOME"] == "/tmp"
+    [scratch] = [volume for volume in pods(render(overlay))["Deployment/convoy"]["volumes"] if volume["name"] == "tmp"]
+    assert scratch["emptyDir"] == {"sizeLimit": "2Gi"}, "its cache takes 1 GiB, and what is above the limit is evicted"
+
+
+@pytest.mark.parametrize("overlay", [ON_GPU, ON_TENSORRT], ids=as_written)
 def test_a_gpu_is_asked_for_once(overlay):
     by_plugin = pods(render(overlay))["Deployment/convoy"]["containers"][0]["resources"]
     assert by_plugin["limits"]["nvidia.com/gpu"] == by_plugin["requests"]["nvidia.com/gpu"] == "1"
