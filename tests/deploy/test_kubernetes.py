@@ -524,6 +524,18 @@ def test_the_kustomization_of_the_docs_renders(tmp_path):
     assert trigger["metadata"]["query"].count('namespace="shop"') == 4
 
 
+def test_a_label_for_the_prometheus_operator_is_in_no_selector(tmp_path):
+    [labels] = re.findall(r"`(labels: [^`]*release: [^`]*)`", OPERATIONS.read_text())
+    shutil.copytree(K8S, tmp_path / "convoy/k8s")
+    variant = {"resources": ["convoy/k8s/overlays/cpu"], "components": ["convoy/k8s/components/monitoring"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(variant) + labels)
+    manifests = kustomize(tmp_path)
+    for kind in ("PodMonitor", "PrometheusRule"):
+        assert one(manifests, kind)["metadata"]["labels"]["release"]
+    for kind in ("Deployment", "Service", "PodMonitor", "PodDisruptionBudget"):
+        assert one(manifests, kind)["spec"] == one(render((*ON_CPU, "monitoring")), kind)["spec"]
+
+
 def patched(directory: Path, variant: tuple[str, ...], about: str) -> list[dict[str, Any]]:
     """Render a variant with the piece of a kustomization that the documentation has about something."""
     [piece] = [each for each in re.findall(r"```yaml\n(.*?)```", OPERATIONS.read_text(), re.DOTALL) if about in each]
