@@ -575,6 +575,18 @@ def test_the_models_image_is_the_one_that_is_named(tmp_path):
     assert volume["image"]["pullPolicy"] == "IfNotPresent"
 
 
+def test_another_archive_is_a_rollout(tmp_path):
+    variant = (*ON_CPU, "model-fetch")
+    manifests = patched(tmp_path, variant, "convoy-model-source")
+    [source] = [each for each in manifests if each["kind"] == "ConfigMap" and "MODELS_URL" in each["data"]]
+    assert source["data"] == {"MODELS_URL": "https://…/models-7.tar.gz", "MODELS_SHA256": "…"}
+    [fetching] = pods(manifests)["Deployment/convoy"]["initContainers"]
+    [before] = pods(render(variant))["Deployment/convoy"]["initContainers"]
+    [asked], [asked_before] = fetching["envFrom"], before["envFrom"]
+    assert asked["configMapRef"]["name"] == source["metadata"]["name"]
+    assert asked["configMapRef"]["name"] != asked_before["configMapRef"]["name"]
+
+
 def test_commands_of_the_docs_say_in_which_namespace():
     text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     commands = re.findall(r"`kubectl [^`]*`", text)
