@@ -134,7 +134,8 @@ class Settings(BaseModel):
         default=0,
         ge=0,
         le=256,
-        description="Sessions per model and worker, each with its thread; 0: the usable CPUs, shared out.",
+        description="Sessions per model and worker, each with its thread; 0: the usable CPUs, shared out; "
+        "2 where another device computes.",
     )
     threads_per_session: int = Field(
         default=1, ge=1, le=256, description="Threads inside a session. Many sessions of one beat one of many on CPU."

@@ -10,7 +10,9 @@ from app.errors import BadRequestError, BundleError
 from app.loading import LoadedModel, Loader, warm_up
 from app.manifest import write_tensor_manifest
 from app.metrics import Metrics
+from app.service import loader_of
 from app.sessions import ClassifierSession
+from app.settings import Settings
 from app.tensors import TensorSpec
 from tests.bundles import RECIPE, make_bundle
 
@@ -268,3 +270,12 @@ def load_from(directory: Path) -> tuple[LoadedModel, float | None]:
     finally:
         loop.close()
     return model, difference
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "planned"),
+    [("cpu", 0, 48), ("auto", 0, 48), ("cuda", 0, 2), ("tensorrt", 0, 2), ("cuda", 5, 5)],
+)
+def test_a_gpu_has_two_sessions_however_many_processors_are_beside_it(device, asked, planned):
+    loader = loader_of(Settings(device=device, sessions=asked), Metrics(), 48)
+    assert loader._sessions == planned

@@ -23,7 +23,7 @@ VARIANTS: tuple[tuple[str, ...], ...] = (
     *(("gpu" if component == "dra" else "cpu", component) for component in COMPONENTS),
     (*ON_TENSORRT, "dra"),
     # All that go together, as in docs/operations.md.
-    ("gpu", "monitoring", "autoscaling-keda", "gateway", "dra", "model-fetch", "training"),
+    ("gpu", "monitoring", "autoscaling-keda", "gateway", "dra", "model-fetch", "tracing", "training"),
 )
 """An overlay, and the components upon it."""
 

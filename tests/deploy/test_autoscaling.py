@@ -48,9 +48,6 @@ def test_queries_ask_for_what_the_service_exports(query):
 def test_demand_is_what_would_be_inside_if_nobody_were_turned_away(
     tmp_path: Path, query, refused_a_minute, run_a_minute, factor
 ):
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed, so no query can be evaluated")
     inside = {"a": 3, "b": 5}
     series = []
     for pod, requests in inside.items():
@@ -71,16 +68,38 @@ def test_demand_is_what_would_be_inside_if_nobody_were_turned_away(
         expected = [{"labels": "{}", "value": sum(inside.values()) * factor}]
     else:
         expected = [{"labels": f'{{pod="{pod}"}}', "value": requests * factor} for pod, requests in inside.items()]
+    evaluate(tmp_path, query(), series, expected)
+
+
+@pytest.mark.parametrize("query", [keda_query, adapter_query])
+def test_pods_that_nobody_has_asked_yet_have_no_demand_and_pods_that_are_not_seen_no_figure(tmp_path: Path, query):
+    series = []
+    for pod in ("a", "b"):
+        labels = f'namespace="convoy",pod="{pod}",model="pets"'
+        series.append({"series": f"convoy_inflight_requests{{{labels}}}", "values": "0x80"})
+        series.append({"series": f'convoy_stage_duration_seconds_count{{{labels},stage="infer"}}', "values": "0x80"})
+    labels = ["{}"] if query is keda_query else ['{pod="a"}', '{pod="b"}']
+    evaluate(tmp_path, query(), series, [{"labels": each, "value": 0} for each in labels])
+    evaluate(tmp_path, query(), [], [])
+
+
+def evaluate(directory: Path, query: str, series: list[dict[str, str]], expected: list[dict[str, object]]) -> None:
+    """Have promtool say what a query finds in series after five minutes."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed, so no query can be evaluated")
     test = {
         "evaluation_interval": "15s",
         "tests": [
             {
                 "interval": "15s",
                 "input_series": series,
-                "promql_expr_test": [{"expr": query(), "eval_time": "5m", "exp_samples": expected}],
+                "promql_expr_test": [{"expr": query, "eval_time": "5m", "exp_samples": expected}],
             }
         ],
     }
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
-    ran = subprocess.run([promtool, "test", "rules", tmp_path / "test.yml"], capture_output=True, text=True, timeout=60)
+    (directory / "test.yml").write_text(yaml.safe_dump(test))
+    ran = subprocess.run(
+        [promtool, "test", "rules", directory / "test.yml"], capture_output=True, text=True, timeout=60
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr

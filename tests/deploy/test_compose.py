@@ -1,11 +1,13 @@
 """The compose file: on loopback only, hardened, and every file it mounts is there."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from app.settings import Settings
+from tests.deploy.kustomize import ON_CPU, pods, render
 
 SERVICES = ("convoy", "convoy-gpu", "prometheus", "grafana")
 OURS = ("convoy", "convoy-gpu")
@@ -52,6 +54,14 @@ def test_hardened(compose, name):
     assert service["mem_limit"]
     assert all("size=" in mount for mount in service["tmpfs"])
     assert service["healthcheck"]["test"][0] == "CMD"
+
+
+def test_sessions_are_planned_for_what_their_memory_is_bounded_for(compose):
+    service = compose["services"]["convoy"]
+    cpus, memory = (re.fullmatch(r"\$\{\w+:-(\d+)g?\}", service[key]).group(1) for key in ("cpus", "mem_limit"))
+    [pod] = pods(render(ON_CPU)).values()
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert (cpus, f"{memory}Gi") == (limits["cpu"], limits["memory"]), "as in a cluster"
 
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])

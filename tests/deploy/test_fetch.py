@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import os
+import socketserver
 import subprocess
 import sys
 import tarfile
@@ -77,11 +78,36 @@ def test_the_right_archive_arrives_whole_and_once(store, tmp_path):
     assert (again.returncode, again.stdout) == (0, f"{into} holds the models already.\n")
 
 
-@pytest.mark.parametrize("fault", ["altered", "absent", "no archive", "a way out"])
+@pytest.mark.parametrize("sha256", ["", "/", "0" * 63, "sha256:" + "0" * 64])
+def test_no_digest_is_no_proof(store, tmp_path, sha256):
+    directory, url = store
+    archive(directory, "pets/1/model.json")
+    into = tmp_path / "models"
+    into.mkdir()
+    failed = fetch(f"{url}/models.tar.gz", sha256, into)
+    assert failed.returncode == 1
+    assert failed.stderr == f"MODELS_SHA256 is '{sha256}', and no SHA-256: 64 digits of 0-9 and a-f.\n"
+    assert list(into.iterdir()) == []
+
+
+@pytest.mark.parametrize("digest", ["right", "wrong"])
+def test_what_an_address_is_signed_with_is_not_told(store, tmp_path, digest):
+    directory, url = store
+    sha256 = archive(directory, "pets/1/model.json")
+    into = tmp_path / "models"
+    into.mkdir()
+    done = fetch(f"{url}/models.tar.gz?signature=secret", sha256 if digest == "right" else "0" * 64, into)
+    assert done.returncode == (digest == "wrong")
+    assert "models.tar.gz" in done.stdout + done.stderr
+    assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fault", ["altered", "absent", "no archive", "a way out", "cut off", "empty", "without names"])
 def test_of_any_other_nothing_is_left(store, tmp_path, fault):
     directory, url = store
     outside = "../outside" if fault == "a way out" else "pets/1/model.onnx"
-    sha256 = archive(directory, "pets/1/model.json", outside)
+    files = {"empty": [], "without names": ["model.json", "model.onnx"]}.get(fault, ["pets/1/model.json", outside])
+    sha256 = archive(directory, *files)
     path = directory / "models.tar.gz"
     if fault == "altered":
         path.write_bytes(path.read_bytes()[:-1] + b"!")
@@ -90,6 +116,9 @@ def test_of_any_other_nothing_is_left(store, tmp_path, fault):
     elif fault == "no archive":
         path.write_bytes(b"<html>")
         sha256 = hashlib.sha256(b"<html>").hexdigest()
+    elif fault == "cut off":
+        path.write_bytes(path.read_bytes()[:-20])
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     into = tmp_path / "models"
     into.mkdir()
     failed = fetch(f"{url}/models.tar.gz", sha256, into)
@@ -97,3 +126,24 @@ def test_of_any_other_nothing_is_left(store, tmp_path, fault):
     assert failed.stderr.count("\n") == 1, failed.stderr
     assert list(into.iterdir()) == []
     assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize(
+    "said", [b"no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\nab"]
+)
+def test_a_store_that_speaks_no_http_is_told_in_one_line(tmp_path, said):
+    class Broken(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(said)
+
+    into = tmp_path / "models"
+    into.mkdir()
+    with socketserver.TCPServer(("127.0.0.1", 0), Broken) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        failed = fetch(f"http://127.0.0.1:{server.server_address[1]}/models.tar.gz", "0" * 64, into)
+        thread.join()
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1, failed.stderr
+    assert list(into.iterdir()) == []

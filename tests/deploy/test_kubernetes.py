@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -36,6 +38,7 @@ from tests.deploy.kustomize import (
     render,
 )
 
+OPERATIONS = ROOT / "docs/operations.md"
 RELEASES = ("1.34", "1.37")
 SCHEMAS = yaml.safe_load((ROOT / "tests/deploy/schemas.yaml").read_text())["resources"]
 VOLUMES = {
@@ -125,7 +128,7 @@ def test_all_that_was_ordered_is_there():
     assert set(OVERLAYS) == {"cpu", "gpu", "gpu-tensorrt", "kserve"}
     assert {
         "autoscaling-hpa", "autoscaling-keda", "dra", "gateway", "model-fetch", "model-image", "model-volume",
-        "monitoring", "training",
+        "monitoring", "tracing", "training",
     } == set(COMPONENTS)  # fmt: skip
 
 
@@ -192,6 +195,13 @@ def test_every_container_knows_its_bounds(variant):
             assert not container["image"].endswith((":latest", "/convoy", "convoy"))
         for volume in pod["volumes"]:
             assert volume.get("emptyDir", {"sizeLimit": "other"})["sizeLimit"]
+
+
+@each_variant
+def test_no_start_waits_for_a_walk_over_a_volume(variant):
+    for pod in pods(render(variant)).values():
+        context = pod.get("securityContext", {})
+        assert context.get("fsGroupChangePolicy", "Always") == "OnRootMismatch" or "fsGroup" not in context
 
 
 @each_variant
@@ -375,6 +385,11 @@ def test_image_is_this_version(variant, tag):
     }
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_the_image_that_the_docs_build_is_the_one_that_is_run(page):
+    assert f"docker build -t convoy:{app.__version__}-cpu ." in (ROOT / page).read_text()
+
+
 def test_tensorrts_engines_are_kept_on_a_volume_of_the_pods_own():
     pod = pods(render(ON_TENSORRT))["Deployment/convoy"]
     [container] = pod["containers"]
@@ -404,6 +419,13 @@ def test_tensorrts_image_is_made_upon_the_gpus():
     [major] = re.findall(r"tensorrt-cu13-libs==(\d+)\.", text)
     assert {name.rpartition(".")[2] for name in tensorrt.LIBRARIES} == {major}
     assert f"/{tensorrt.PACKAGE} " in text
+
+
+@pytest.mark.parametrize("overlay", [ON_GPU, ON_TENSORRT], ids=as_written)
+def test_what_cuda_compiles_has_room(overlay, dockerfile):
+    assert dockerfile.environment("runtime")["HOME"] == "/tmp"
+    [scratch] = [volume for volume in pods(render(overlay))["Deployment/convoy"]["volumes"] if volume["name"] == "tmp"]
+    assert scratch["emptyDir"] == {"sizeLimit": "2Gi"}, "its cache takes 1 GiB, and what is above the limit is evicted"
 
 
 @pytest.mark.parametrize("overlay", [ON_GPU, ON_TENSORRT], ids=as_written)
@@ -474,10 +496,20 @@ def test_fetched_models_are_where_the_service_looks():
     assert mounts["/models"]["readOnly"] is True
 
 
+def test_traces_have_a_way_out_to_where_they_are_sent():
+    manifests = render((*ON_CPU, "tracing"))
+    [container] = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    endpoint = urlsplit(Settings.from_sources(environment_of(container)).trace_endpoint)
+    _, way = one(manifests, "NetworkPolicy", "convoy-tracing")["spec"]["egress"]
+    assert way["ports"] == [{"port": endpoint.port}]
+    namespace = way["to"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert endpoint.hostname.split(".")[1] == namespace
+
+
 def test_the_kustomization_of_the_docs_renders(tmp_path):
-    text = (ROOT / "docs/operations.md").read_text()
+    text = OPERATIONS.read_text()
     [example] = re.findall(r"```yaml\n(# kustomization\.yaml\n.*?)```", text, re.DOTALL)
-    (tmp_path / "convoy").symlink_to(ROOT)
+    shutil.copytree(K8S, tmp_path / "convoy/k8s")
     (tmp_path / "kustomization.yaml").write_text(example)
     manifests = kustomize(tmp_path)
     assert {manifest["metadata"].get("namespace", "shop") for manifest in manifests} == {"shop"}
@@ -487,8 +519,81 @@ def test_the_kustomization_of_the_docs_renders(tmp_path):
     assert container["resources"]["limits"]["memory"] == "4Gi"
     [trigger] = one(manifests, "ScaledObject")["spec"]["triggers"]
     assert trigger["metadata"]["threshold"] == "1.7"
+    [before] = one(render((*ON_CPU, "autoscaling-keda")), "ScaledObject")["spec"]["triggers"]
+    assert trigger["metadata"]["query"] == before["metadata"]["query"].replace('convoy"', 'shop"')
+    assert trigger["metadata"]["query"].count('namespace="shop"') == 4
+
+
+def test_a_label_for_the_prometheus_operator_is_in_no_selector(tmp_path):
+    [labels] = re.findall(r"`(labels: [^`]*release: [^`]*)`", OPERATIONS.read_text())
+    shutil.copytree(K8S, tmp_path / "convoy/k8s")
+    variant = {"resources": ["convoy/k8s/overlays/cpu"], "components": ["convoy/k8s/components/monitoring"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(variant) + labels)
+    manifests = kustomize(tmp_path)
+    for kind in ("PodMonitor", "PrometheusRule"):
+        assert one(manifests, kind)["metadata"]["labels"]["release"]
+    for kind in ("Deployment", "Service", "PodMonitor", "PodDisruptionBudget"):
+        assert one(manifests, kind)["spec"] == one(render((*ON_CPU, "monitoring")), kind)["spec"]
+
+
+def patched(directory: Path, variant: tuple[str, ...], about: str) -> list[dict[str, Any]]:
+    """Render a variant with the piece of a kustomization that the documentation has about something."""
+    [piece] = [each for each in re.findall(r"```yaml\n(.*?)```", OPERATIONS.read_text(), re.DOTALL) if about in each]
+    shutil.copytree(K8S, directory / "convoy/k8s")
+    (directory / "convoy.toml").write_text("sessions = 3\nmax_batch = 32\n")
+    overlay, *components = variant
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"convoy/k8s/overlays/{overlay}"],
+        "components": [f"convoy/k8s/components/{component}" for component in components],
+    }
+    (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization) + piece)
+    return kustomize(directory)
+
+
+@pytest.mark.parametrize("variant", [ON_CPU, ON_GPU, ON_TENSORRT], ids=as_written)
+def test_what_tune_has_found_holds_where_it_is_mounted(tmp_path, variant):
+    manifests = patched(tmp_path, variant, "convoy-settings")
+    pod = pods(manifests)["Deployment/convoy"]
+    environment = environment_of(pod["containers"][0])
+    file = environment["CONVOY_SETTINGS"]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "settings"]
+    settings = one(manifests, "ConfigMap")
+    assert volume["configMap"]["name"] == settings["metadata"]["name"], "a changed file is a rollout"
+    mounted = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounted[file.rpartition("/")[0]] == "settings"
+    (tmp_path / "mounted").write_text(settings["data"][file.rpartition("/")[2]])
+    found = Settings.from_sources(environment | {"CONVOY_SETTINGS": str(tmp_path / "mounted")})
+    assert (found.sessions, found.max_batch) == (3, 32)
+
+
+def test_the_models_image_is_the_one_that_is_named(tmp_path):
+    pod = pods(patched(tmp_path, (*ON_CPU, "model-image"), "reference:"))["Deployment/convoy"]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "models"]
+    assert volume["image"]["reference"].startswith("registry.example.com/convoy-models@sha256:")
+    assert volume["image"]["pullPolicy"] == "IfNotPresent"
+
+
+def test_another_archive_is_a_rollout(tmp_path):
+    variant = (*ON_CPU, "model-fetch")
+    manifests = patched(tmp_path, variant, "convoy-model-source")
+    [source] = [each for each in manifests if each["kind"] == "ConfigMap" and "MODELS_URL" in each["data"]]
+    assert source["data"] == {"MODELS_URL": "https://…/models-7.tar.gz", "MODELS_SHA256": "…"}
+    [fetching] = pods(manifests)["Deployment/convoy"]["initContainers"]
+    [before] = pods(render(variant))["Deployment/convoy"]["initContainers"]
+    [asked], [asked_before] = fetching["envFrom"], before["envFrom"]
+    assert asked["configMapRef"]["name"] == source["metadata"]["name"]
+    assert asked["configMapRef"]["name"] != asked_before["configMapRef"]["name"]
+
+
+def test_commands_of_the_docs_say_in_which_namespace():
+    text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    commands = re.findall(r"`kubectl [^`]*`", text)
+    assert len(commands) > 4
+    assert [each for each in commands if not re.search(r" -n convoy | apply -k|kubectl exec …", each)] == []
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_component_is_in_the_docs(component):
-    assert f"`{component}`" in (ROOT / "docs/operations.md").read_text()
+    assert f"`{component}`" in OPERATIONS.read_text()

@@ -156,6 +156,12 @@ def test_lines_end_where_their_values_are():
     assert ">train 1.00<" in chart and ">test 2.00<" in chart
 
 
+def test_lines_may_end_in_the_same_value():
+    lines = [Line("train", "train", [0.5, 1.0]), Line("test", "test", [0.25, 1.0])]
+    chart = line_chart("Accuracy", [1, 2], lines, "{:g}".format, "{:.2f}".format)
+    assert ">train 1.00<" in chart and ">test 1.00<" in chart
+
+
 @pytest.mark.parametrize(
     ("least", "most", "expected"),
     [

@@ -146,6 +146,15 @@ def test_a_run_is_not_overwritten_unasked(one_epoch: Path, tree: Path, capsys: p
     assert not same(weights(one_epoch), before)
 
 
+def test_a_job_that_is_started_again_goes_on_with_what_there_is(tree: Path, tmp_path: Path, finished: Path):
+    asked = [*flags(tree, tmp_path), "--resume-or-begin"]
+    assert cli.main([*asked, "--epochs=2"]) == 0
+    assert cli.main(asked) == 0
+    assert len(read_checkpoint(tmp_path / "runs" / "insects").history) == EPOCHS
+    assert same(weights(tmp_path), weights(finished))
+    assert cli.main(asked) == 0, "also when all is done"
+
+
 def test_there_must_be_a_run_to_resume(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main([*flags(tree, tmp_path), "--resume"]) == 2
     assert "checkpoint.pt does not exist: no epoch of this run was finished." in sentence(capsys)

@@ -44,6 +44,11 @@ def add(commands: Any) -> None:
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run after its last finished epoch")
+    again.add_argument(
+        "--resume-or-begin",
+        action="store_true",
+        help="continue the run if an epoch of it was finished, begin it if not: for a job that is started again",
+    )
     again.add_argument("--force", action="store_true", help="discard the run that is there, and start anew")
     parser.add_argument(
         "--recipe", choices=sorted(CLAIMED), help="begin from a recipe with a claim; other flags win over it"
@@ -126,6 +131,8 @@ def _begun(directory: Path, options: argparse.Namespace, ranks: "Ranks") -> "Che
     """Return what to continue from; a run that torchrun has started again goes on by itself."""
     from training.runs import is_run, open_run, read_checkpoint
 
+    if options.resume_or_begin:
+        return read_checkpoint(directory) if is_run(directory) else None
     if ranks.restarts and is_run(directory):
         checkpoint = read_checkpoint(directory)
         if checkpoint.command == options.command_line:

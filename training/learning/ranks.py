@@ -86,9 +86,11 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # torchrun's store outlives a restart, with the addresses of processes that are gone: gloo was seen to call them.
     store, rank, size = next(rendezvous("env://"))
-    store = PrefixStore(f"start-{restarts}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's own store outlives a restart, with the addresses of processes that are gone: gloo was seen to call
+        # them. One that is made for each start has none, and need not: a node that was replaced counts from 0 again.
+        store = PrefixStore(f"start-{restarts}", store)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what NCCL sends objects by is the current device, which is the first's else
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)

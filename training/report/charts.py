@@ -132,7 +132,7 @@ def _polyline(points: Sequence[tuple[float, float]]) -> str:
 
 def _ends(frame: _Frame, lines: Sequence[Line], shown: Format) -> Markup:
     """Name each line at its last value; names that would lie on each other are moved apart."""
-    at = sorted((frame.y(line.values[-1]), line) for line in lines if math.isfinite(line.values[-1]))
+    at = [(frame.y(line.values[-1]), line) for line in lines if math.isfinite(line.values[-1])]
     names, lowest = [], -math.inf
     for y, line in sorted(at, key=lambda end: end[0]):
         lowest = max(y + 4, lowest + LABEL_HEIGHT)

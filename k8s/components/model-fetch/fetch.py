@@ -8,12 +8,16 @@ pod finds it whole, and does not fetch it twice.
 """
 
 import hashlib
+import http.client
+import lzma
 import os
+import re
 import shutil
 import sys
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
@@ -30,9 +34,13 @@ def fetch(url: str, sha256: str, into: Path) -> str:
         ValueError: the archive is another one, or no archive of models; nothing is left of it.
         OSError: it cannot be fetched or written.
     """
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ValueError(f"MODELS_SHA256 is '{sha256}', and no SHA-256: 64 digits of 0-9 and a-f.")
     done = into / f".{sha256}"
     if done.exists():
         return f"{into} holds the models already."
+    # What a signed address is signed with is a secret, and this goes into a log.
+    told = url.partition("?")[0]
     scratch = into / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -40,22 +48,24 @@ def fetch(url: str, sha256: str, into: Path) -> str:
         archive = scratch / "archive"
         found = _download(url, archive)
         if found != sha256:
-            raise ValueError(f"{url} has SHA-256 {found}, and not {sha256}: nothing is unpacked.")
+            raise ValueError(f"{told} has SHA-256 {found}, and not {sha256}: nothing is unpacked.")
         unpacked = scratch / "models"
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(unpacked, filter="data")
-        except tarfile.TarError as error:
-            raise ValueError(f"{url} is no archive of models: {' '.join(str(error).split())}") from error
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{told} is no archive of models: {' '.join(str(error).split())}") from error
         archive.unlink()
-        names = sorted(path.name for path in unpacked.iterdir() if path.is_dir())
+        names = sorted({path.parent.parent.name for path in unpacked.glob("[!.]*/*/*")})
+        if not names:
+            raise ValueError(f"{told} is no archive of models: in it is no <name>/<version>/….")
         for name in names:
             shutil.rmtree(into / name, ignore_errors=True)
             (unpacked / name).rename(into / name)
         done.touch()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return f"Fetched {', '.join(names)} from {url}."
+    return f"Fetched {', '.join(names)} from {told}."
 
 
 def _download(url: str, to: Path) -> str:
@@ -69,11 +79,12 @@ def _download(url: str, to: Path) -> str:
 
 def main() -> int:
     """Do it as the environment says; 1 with one sentence where that cannot be."""
-    url, sha256 = os.environ["MODELS_URL"], os.environ["MODELS_SHA256"].lower()
+    url, sha256 = os.environ["MODELS_URL"].strip(), os.environ["MODELS_SHA256"].strip().lower()
     try:
         sys.stdout.write(fetch(url, sha256, Path(sys.argv[1])) + "\n")
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        # What urllib says of itself may have several lines, or none.
+        sys.stderr.write(f"{' '.join(str(error).split()) or type(error).__name__}\n")
         return 1
     return 0
 
