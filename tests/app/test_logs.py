@@ -29,6 +29,16 @@ def test_json_has_the_fields_beside_the_message():
     }
 
 
+@pytest.mark.parametrize("evil", ["\u2028", "\x85", "\x9b2J", "\x7f", "\u202e", "\udcff"], ids=ascii)
+def test_a_line_of_json_is_one_line_and_no_control_sequence_to_whoever_reads_it(evil):
+    line = JsonFormatter().format(record(path=f"/x{evil}{{}}"))
+    assert line.isprintable() and json.loads(line)["path"] == f"/x{evil}{{}}"
+
+
+def test_letters_of_all_scripts_stay_readable_in_json():
+    assert "Größe 大" in JsonFormatter().format(record(reason="Größe 大"))
+
+
 def test_text_cannot_be_made_to_say_something_else():
     evil = "/x\n12:00:00 error database stolen\x1b[2J"
     line = TextFormatter().format(record(path=evil, status=404))
