@@ -1,6 +1,8 @@
 import json
 import logging
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -71,6 +73,26 @@ def test_the_level_moves_by_steps_and_stays_within(capsys):
         root.handlers[:] = kept[1]
         uvicorn.setLevel(kept[2])
         logging.captureWarnings(False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [(signal.SIGHUP, "reloaded"), (signal.SIGUSR1, "log level changed"), (signal.SIGUSR2, "log level changed")],
+)
+def test_a_signal_that_asks_for_something_ends_no_service_that_has_just_begun(models, workers, number, answer):
+    command = [sys.executable, "-m", "app.cli", "serve", "--models", str(models), "--port", "0"]
+    command += ["--log-format", "json", "--workers", str(workers)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = (json.loads(line)["message"] for line in process.stderr)
+            assert "listening" in said
+            process.send_signal(number)  # at once: no loop runs yet
+            assert answer in said
+            process.terminate()
+            assert process.wait(15) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
