@@ -76,7 +76,7 @@ def story(tmp_path_factory) -> Iterator[SimpleNamespace]:
             # Four batches, which keep the only session busy while the others get in line.
             form = [("file", ("a.png", RED)) for _ in range(8)]
             first = pool.submit(server.client.post, slow, files=form, headers=parent(10))
-            wait_for(lambda: server.metrics().get('convoy_inflight_requests{model="slow"}') == 1)
+            wait_for(lambda: server.metrics().get('convoy_queue_rows{model="slow"}', 0) > 0)  # decoded, not only let in
             said["late"] = ask(13, slow, **{"Timeout-Ms": "1"})
             said["together"] = list(pool.map(lambda number: ask(number, slow), (11, 12)))
             first.result()
