@@ -20,6 +20,8 @@ log = logging.getLogger("convoy.access")
 CLIENT_GONE = 499
 """Not sent to anybody: counted for clients that disconnect before their answer (nginx's number for it)."""
 WENT_WRONG = 400
+MAX_PATH = 1024
+"""Characters of a path that log and spans have: whoever asks chooses its length."""
 BROKEN = "Something broke inside; the log has it under this request's id."
 
 _GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -97,6 +99,7 @@ class Journal:
         """Write down a request that is over; `quiet`: without a line in the log, and without spans."""
         ended = time.monotonic()
         seconds = ended - trace.started
+        path = path[:MAX_PATH]
         route = trace.route
         self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
         labels = trace.model, route, trace.version, trace.status

@@ -72,7 +72,9 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        text = json.dumps(line, ensure_ascii=False, default=str)
+        # JSON lets Unicode's other ends of lines and a terminal's control characters stand as they are.
+        return text if text.isprintable() else json.dumps(line, default=str)
 
 
 class TextFormatter(logging.Formatter):

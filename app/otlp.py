@@ -206,6 +206,8 @@ def create_sink(endpoint: str, scheme: str, worker: int) -> OtlpSink:
     """
     # Of a collector that is away it has a line for each attempt; the tracer tells of what was lost, once a minute.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
+    # Of a `tracestate` that is none it has a line for each request, with the caller's text in it.
+    logging.getLogger("opentelemetry.trace").setLevel(logging.CRITICAL)
     base = endpoint.rstrip("/")
     exporter = OTLPSpanExporter((base if base.endswith(TRACES_PATH) else base + TRACES_PATH) if base else None)
     own: _Attributes = {"service.version": __version__, "convoy.worker": worker}

@@ -342,6 +342,7 @@ class Server(uvicorn.Server):
         self._acceptors: list[Acceptor] = []
         self._probe_port = ProbePort(service.probes, probe_port)
         self._grpc_started = service.grpc is None
+        self._is_to_look_again = False
         service.is_cut_off = lambda: self.force_exit
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -351,6 +352,8 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(signal.SIGHUP, self.hang_up)
             loop.add_signal_handler(signal.SIGUSR1, logs.change_level, 1)
             loop.add_signal_handler(signal.SIGUSR2, logs.change_level, -1)
+            if self._is_to_look_again:
+                self.hang_up()
         self.service.show()
         await self._probe_port.__aenter__()
         await super().startup(sockets=[])
@@ -415,6 +418,16 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self.service.draining = True
         self.should_exit = True
+
+    def heed_signals_early(self) -> None:
+        """Let signals that ask for something only ask for it, until a loop heeds them: else they end the process."""
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGHUP, self._hang_up_later)
+            signal.signal(signal.SIGUSR1, lambda *_: logs.change_level(1))
+            signal.signal(signal.SIGUSR2, lambda *_: logs.change_level(-1))
+
+    def _hang_up_later(self, sig: int, frame: FrameType | None) -> None:
+        self._is_to_look_again = True
 
     def hang_up(self) -> None:
         """Look at the models directory again."""
@@ -535,6 +548,7 @@ def serve(settings: Settings) -> None:
     ):
         server = Server(service, probes)
         with server.capture_signals():  # from before anybody is told that there is somebody to stop
+            server.heed_signals_early()
             log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
             server.run(sockets=[listener])
     if service.fault is not None:

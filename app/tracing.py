@@ -26,6 +26,8 @@ CHUNK = 64
 MAX_WAITING = 4096
 """Requests and batches that may wait; what comes beyond them is dropped and told of in the log."""
 TELL_EVERY_S = 60.0
+MAX_STATE_BYTES = 512
+"""Of a caller's `tracestate`: what W3C has everybody pass on at least; a longer one is left out."""
 CLOSE_S = 2.0
 """How long a drain waits for the last spans, whatever their receiver does."""
 
@@ -97,7 +99,7 @@ class Marks:
         trace_id: 32 hexadecimal digits.
         span_id: of the request's own span.
         parent_id: the caller's span; 0: the trace begins here.
-        state: the caller's `tracestate`, as it came.
+        state: the caller's `tracestate`, as it came; empty where it is too long to be kept.
         asked_at: when work began on what the body holds; before that was the body.
         decode_s: how long images were decoded from then on, seconds; 0: nothing was.
         queued_at: when the rows were put in line.
@@ -297,7 +299,8 @@ class Tracer:
             return trace_id, Marks(self, trace_id, self.new_id(), 0, "")
         if not parent.sampled:
             return parent.trace_id, None
-        state = "" if tracestate is None else tracestate.decode("latin-1")
+        # It waits with its request for a collector that may be away, and whoever asks chooses its length.
+        state = "" if tracestate is None or len(tracestate) > MAX_STATE_BYTES else tracestate.decode("latin-1")
         return parent.trace_id, Marks(self, parent.trace_id, self.new_id(), parent.span_id, state)
 
     def new_trace_id(self) -> str:

@@ -57,10 +57,11 @@ KNOWN_BATCHES = 256
 class _Pending:
     """A request that an engine has."""
 
-    __slots__ = ("batcher", "job", "large", "room")
+    __slots__ = ("batcher", "given_up", "job", "large", "room")
 
     def __init__(self, batcher: "RemoteBatcher", job: Job, room: int) -> None:
         self.batcher, self.job, self.room = batcher, job, room
+        self.given_up = False
         self.large: tuple[Array, ...] | None = None
 
 
@@ -187,10 +188,19 @@ class Link:
         number = self._number_of.get(job)
         if number is None:
             return
-        if self.slab.is_taken(self._pending[number].room):
+        pending = self._pending[number]
+        pending.given_up = True
+        if self.slab.is_taken(pending.room):
             job.taken = job.rows
         self._given_up.append((number,))
         self._flush_soon()
+
+    def oldest(self, batcher: "RemoteBatcher") -> float:
+        """Return when the first of a model's requests that wait for a session came, `time.monotonic()`; 0: none."""
+        for pending in self._pending.values():
+            if pending.batcher is batcher and not (pending.given_up or self.slab.is_taken(pending.room)):
+                return pending.job.queued_at
+        return 0.0
 
     def hang_up(self) -> None:
         """End the connection."""
@@ -550,7 +560,8 @@ class RemoteBatcher:
         return 0.0
 
     def show(self) -> int:
-        """See `Runs.show`: the engines show it, and no session runs here."""
+        """See `Runs.show`: no session runs here, and engines show their lines, but for one that stands still."""
+        self.metrics.queue_age.set(min(filter(None, (link.oldest(self) for link in self._links)), default=0.0))
         return 0
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -558,6 +569,7 @@ class RemoteBatcher:
         self._closed = True
         if not self._idle.wait(timeout_s):
             log.warning("requests are stuck", extra={"model": self._asked[0], "requests": self._waiting})
+        self.metrics.queue_age.set(0)
         with suppress(RuntimeError):  # the loop is closed, and with it every connection
             self._loop.call_soon_threadsafe(self._on_end)
 

@@ -20,6 +20,9 @@ MAX_WAITING = 8
 """Pipelined requests of one client that may wait for their turn while more is read."""
 MAX_HEAD_BYTES, MAX_HEADS = 2048, 512
 """Heads that are kept: a client sends the same one again and again, perhaps but for the Content-Length."""
+MAX_FRUITLESS_BYTES = 65536
+"""What a client may send on end that is neither body nor the end of a head: the parser would keep any length of it."""
+_TOO_LONG = b'{"error": "The head of the request is too long.", "code": "head_too_large"}'
 _HEAD_END = b"\r\n\r\n"
 
 
@@ -92,6 +95,8 @@ class Connection(HttpToolsProtocol):
         """Whether the next byte is the first of a request."""
         self._data = b""
         """What is being read, if it starts with a request."""
+        self._fruitless_bytes = 0
+        """Read since a head, a piece of a body or a request last was complete."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to read."""
@@ -106,8 +111,11 @@ class Connection(HttpToolsProtocol):
                 self._begin(WholeRequest(self, *known, keep_alive=True))
                 return
         self._data = data if self._between else b""
+        self._fruitless_bytes += len(data)
         super().data_received(data)
         self._data = b""
+        if self._fruitless_bytes > MAX_FRUITLESS_BYTES and not self.transport.is_closing():
+            self._refuse_head()
         if self._pieces is not None:
             pieces, self._pieces = self._pieces, None
             if not self.transport.is_closing():  # else it was no HTTP, and has been told so
@@ -122,6 +130,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start a request, or wait whether it arrives whole."""
+        self._fruitless_bytes = 0
         if self._may_be_whole():
             self._pieces = []
         else:
@@ -130,6 +139,7 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
+        self._fruitless_bytes = 0
         if self._pieces is None:
             super().on_body(body)
         else:
@@ -137,6 +147,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Start a request that has arrived whole."""
+        self._fruitless_bytes = 0
         self._between = not self.parser.should_upgrade()  # after which the parser reads no further
         if self._pieces is None:
             super().on_message_complete()
@@ -233,6 +244,13 @@ class Connection(HttpToolsProtocol):
         # Who does not read the answers to what was sent before is made to wait for that, in a task.
         if self._application is None or self.flow.write_paused or not self._application.begin(request):
             request.start(cast(ASGIApp, self.app))
+
+    def _refuse_head(self) -> None:
+        """Read no further, and say why, if that cannot be taken for the answer to a request before it."""
+        if self._is_free():
+            headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+            self.transport.write(STATUS_LINE[431] + headers % len(_TOO_LONG) + _TOO_LONG)
+        self.transport.close()
 
     def _is_free(self) -> bool:
         """Tell whether every request that has come is answered."""

@@ -12,13 +12,22 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from app.http.connection import MAX_HEADS, MAX_WAITING, Connection, Heads, RequestHead, _Flow, connection_of
+from app.http.connection import (
+    MAX_FRUITLESS_BYTES,
+    MAX_HEADS,
+    MAX_WAITING,
+    Connection,
+    Heads,
+    RequestHead,
+    _Flow,
+    connection_of,
+)
 from tests.app.watching import worker_pids
 from tests.bundles import make_bundle, plain_image
 from tests.servers import ConvoyProcess, convoy
@@ -214,6 +223,34 @@ def test_what_is_no_http_is_told_once_and_ends_the_connection(server, first):
         client.send(first + (b"" if first.endswith(RED) else RED[-1:]) + b"no http at all\r\n\r\n")
         assert client.answer().status == 400
         assert client.ended()
+    assert not troubles(server)
+
+
+@pytest.mark.parametrize(
+    ("start", "answered"),
+    [
+        (b"GET /livez HTTP/1.1\r\nHost: convoy\r\nX-Long: ", True),
+        (b"GET /", True),
+        (chunked(RED).removesuffix(b"\r\n") + b"X-Long: ", False),
+        (chunked(RED).removesuffix(b"0\r\n\r\n") + b"1;", False),
+    ],
+    ids=["header", "path", "trailer", "chunk extension"],
+)
+def test_what_is_neither_body_nor_a_whole_head_is_not_taken_for_ever(server, start, answered):
+    with wire(server) as client:
+        # Whoever is cut off while sending meets a reset.
+        with suppress(ConnectionError):
+            client.send(start, *[b"x" * 10_000] * (MAX_FRUITLESS_BYTES // 10_000 + 1))
+        if answered:
+            answer = client.answer()
+            assert (answer.status, answer.best) == (431, "head_too_large")
+        with suppress(ConnectionError):
+            assert client.ended()
+    with wire(server) as client:  # and half of that is nothing special, piece by piece
+        long = f"X-Long: {'x' * (MAX_FRUITLESS_BYTES // 2)}"
+        data = request(RED, "/predict", long)
+        client.send(*(data[at : at + 10_000] for at in range(0, len(data), 10_000)))
+        assert client.answer().best == "colours: red"
     assert not troubles(server)
 
 

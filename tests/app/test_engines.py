@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -131,10 +132,29 @@ def test_an_engine_with_a_stuck_session_is_replaced(tmp_path):
         assert (lost.status_code, lost.json()["code"]) == (503, "engine_lost")
         assert len(messages(server, "engine hangs: killing it")) == 1
         assert httpx.get(f"{probe_url(server)}/livez").status_code == 200
-        wait_for(lambda: is_ready(server))
-        wait_for(lambda: infer(server.client, 7).status_code == 200)  # not the default model: it may come later
+        wait_for(lambda: infer(server.client, 7).status_code == 200)  # ready is who has the default model again
         assert infer(server.client, 7).json()["outputs"][0]["data"] == [7]
         assert server.metrics()['convoy_worker_exits_total{cause="hung"}'] == 1
+
+
+def test_what_waits_for_an_engine_that_stands_still_is_seen_to_wait(models, tmp_path):
+    def age() -> float:
+        return server.metrics()['convoy_queue_age_seconds{model="colours"}']
+
+    with convoy(models, tmp_path / "log", default_model="colours", workers=2, engines=1) as server:
+        [engine] = worker_pids(server, "engine").values()
+        with ThreadPoolExecutor(1) as pool:
+            os.kill(engine, signal.SIGSTOP)
+            try:
+                waiting = pool.submit(server.client.post, "/predict", content=RED, headers={"Timeout-Ms": "3000"})
+                wait_for(lambda: age() > 1)
+                assert waiting.result().status_code == 504
+                wait_for(lambda: age() == 0)  # nobody waits any more
+            finally:
+                os.kill(engine, signal.SIGCONT)
+        assert server.client.post("/predict", content=RED).status_code == 200
+        assert age() == 0
+        assert server.stop() == 0
 
 
 def test_a_front_that_dies_leaves_nothing_behind_in_the_engine(models, tmp_path):

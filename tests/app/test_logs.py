@@ -1,6 +1,8 @@
 import json
 import logging
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -27,6 +29,16 @@ def test_json_has_the_fields_beside_the_message():
         "path": "/predict",
         "ms": 1.5,
     }
+
+
+@pytest.mark.parametrize("evil", ["\u2028", "\x85", "\x9b2J", "\x7f", "\u202e", "\udcff"], ids=ascii)
+def test_a_line_of_json_is_one_line_and_no_control_sequence_to_whoever_reads_it(evil):
+    line = JsonFormatter().format(record(path=f"/x{evil}{{}}"))
+    assert line.isprintable() and json.loads(line)["path"] == f"/x{evil}{{}}"
+
+
+def test_letters_of_all_scripts_stay_readable_in_json():
+    assert "Größe 大" in JsonFormatter().format(record(reason="Größe 大"))
 
 
 def test_text_cannot_be_made_to_say_something_else():
@@ -61,6 +73,26 @@ def test_the_level_moves_by_steps_and_stays_within(capsys):
         root.handlers[:] = kept[1]
         uvicorn.setLevel(kept[2])
         logging.captureWarnings(False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [(signal.SIGHUP, "reloaded"), (signal.SIGUSR1, "log level changed"), (signal.SIGUSR2, "log level changed")],
+)
+def test_a_signal_that_asks_for_something_ends_no_service_that_has_just_begun(models, workers, number, answer):
+    command = [sys.executable, "-m", "app.cli", "serve", "--models", str(models), "--port", "0"]
+    command += ["--log-format", "json", "--workers", str(workers)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = (json.loads(line)["message"] for line in process.stderr)
+            assert "listening" in said
+            process.send_signal(number)  # at once: no loop runs yet
+            assert answer in said
+            process.terminate()
+            assert process.wait(15) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -10,8 +10,20 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from app.journal import MAX_PATH
 from app.otlp import OtlpSink, create_sink
-from app.tracing import CHUNK, MAX_WAITING, Marks, Parent, Story, Tracer, asked_by, is_switched_off, parent_of
+from app.tracing import (
+    CHUNK,
+    MAX_STATE_BYTES,
+    MAX_WAITING,
+    Marks,
+    Parent,
+    Story,
+    Tracer,
+    asked_by,
+    is_switched_off,
+    parent_of,
+)
 from tests.app.test_grpc import Caller, images
 from tests.app.watching import free_port, logged_with, wait_for
 from tests.bundles import make_bundle, plain_image
@@ -54,9 +66,9 @@ def story(tmp_path_factory) -> Iterator[SimpleNamespace]:
         said["unsampled"] = server.client.post("/predict", content=RED, headers=parent(2, sampled=False))
         said["alone"] = server.client.post("/predict", content=RED)
         said["probe"] = server.client.get("/livez", headers=parent(3))
-        said["broken"] = ask(4, content=b"no image")
+        said["broken"] = ask(4, content=b"no image", tracestate="no state")
         said["absent"] = ask(5, "/models/nobody/predict")
-        said["unmatched"] = server.client.get("/nowhere", headers=parent(6))
+        said["unmatched"] = server.client.get(f"/nowhere{'!' * 2 * MAX_PATH}", headers=parent(6))
         form = [("file", ("a.png", RED)) for _ in range(3)]
         said["three"] = server.client.post("/predict", files=form, headers=parent(7))
         slow = "/models/slow/predict"
@@ -64,7 +76,7 @@ def story(tmp_path_factory) -> Iterator[SimpleNamespace]:
             # Four batches, which keep the only session busy while the others get in line.
             form = [("file", ("a.png", RED)) for _ in range(8)]
             first = pool.submit(server.client.post, slow, files=form, headers=parent(10))
-            wait_for(lambda: server.metrics().get('convoy_inflight_requests{model="slow"}') == 1)
+            wait_for(lambda: server.metrics().get('convoy_queue_rows{model="slow"}', 0) > 0)  # decoded, not only let in
             said["late"] = ask(13, slow, **{"Timeout-Ms": "1"})
             said["together"] = list(pool.map(lambda number: ask(number, slow), (11, 12)))
             first.result()
@@ -172,6 +184,14 @@ def test_a_request_that_fails_ends_in_the_stage_that_it_came_to(story):
     assert name == "GET" and "http.route" not in unmatched.attributes
 
 
+def test_who_asks_chooses_not_how_much_is_written_down(story):
+    [unmatched] = story.trace(6).values()
+    [line] = [line for line in story.lines if line.get("trace_id") == f"{6:032x}"]
+    assert line["path"] == unmatched.attributes["url.path"] == f"/nowhere{'!' * 2 * MAX_PATH}"[:MAX_PATH]
+    assert story.trace(4)["POST /predict"].state == "", "what is no tracestate is none"
+    assert {line["logger"].split(".")[0] for line in story.lines} == {"app", "convoy"}, "and nobody says so in the log"
+
+
 def test_a_call_over_grpc_is_traced_alike(story):
     spans = story.trace(20)
     name = "inference.GRPCInferenceService/ModelInfer"
@@ -276,6 +296,12 @@ def test_what_is_no_traceparent_begins_a_trace(text):
     trace_id, marks = Tracer(Sink(), 1).sample(text.encode(), b"vendor=7")
     assert marks is not None and marks.parent_id == 0 and marks.state == ""
     assert trace_id == marks.trace_id != TRACE and len(trace_id) == 32
+
+
+@pytest.mark.parametrize(("length", "kept"), [(MAX_STATE_BYTES, MAX_STATE_BYTES), (MAX_STATE_BYTES + 1, 0)])
+def test_a_tracestate_of_any_length_does_not_wait_for_a_collector(length, kept):
+    _, marks = Tracer(Sink(), 0).sample(f"00-{TRACE}-{SPAN}-01".encode(), b"v=" + b"7" * (length - 2))
+    assert marks is not None and len(marks.state) == kept
 
 
 def test_a_later_version_of_traceparent_is_read_by_what_is_known_of_it():
