@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from app.errors import BundleError, ConvoyError
+from app.errors import BundleError, ConvoyError, DeviceLostError
 from app.images import decode
 from app.manifest import MANIFEST_FILE, Bundle, TensorManifest
 from app.sessions import OnnxSession
@@ -88,6 +88,8 @@ def prove_tensors(directory: Path, manifest: TensorManifest, session: OnnxSessio
         raise BundleError(f"{path} lacks {error}: it holds {', '.join(sorted(arrays))}.") from None
     try:
         found = session.run(*inputs)
+    except DeviceLostError:
+        raise
     except Exception as error:
         raise BundleError(f"{directory / MANIFEST_FILE}: the golden tensors do not run: {error}") from error
     worst = 0.0

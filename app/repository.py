@@ -281,12 +281,24 @@ class Repository:
             state = State.UNLOADED if default is None else default.state
             what = {State.LOADING: "is loading", State.FAILED: "failed to load"}.get(state, "is unloaded")
             return f"The default model '{self.default}' {what}."
-        if default is not None and default.model is not None and not default.model.batcher.is_up:
+        loaded = {entry.name: entry.model for entry in entries.values() if entry.model is not None}
+        down = [name for name, model in loaded.items() if not model.batcher.is_up]
+        if self.default in down:
             return f"No engine has the default model '{self.default}' at the moment."
         failed = [entry.name for entry in entries.values() if entry.state is State.FAILED]
         if failed and (require_all or len(failed) == len(entries)):
             return f"Failed to load: {', '.join(failed)}."
-        return "" if any(entry.model for entry in entries.values()) else "No model is loaded."
+        if down and (require_all or len(down) == len(loaded)):
+            return f"No engine has these at the moment: {', '.join(down)}."
+        return "" if loaded else "No model is loaded."
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether what is not ready may become so by itself: it is being opened, or waits for an engine."""
+        return any(
+            entry.state is State.LOADING or (entry.model is not None and not entry.model.batcher.is_up)
+            for entry in self.entries.values()
+        )
 
     def refresh(
         self, name: str, wish: Wish = NO_WISH, refused: Mapping[str, str] | None = None, *, starting: bool = False

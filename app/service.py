@@ -26,7 +26,7 @@ from app.cluster.wire import Mailbox
 from app.cpus import share_of_cpus
 from app.cuda import Cuda
 from app.engine import LocalEngine
-from app.errors import ConvoyError, SettingsError
+from app.errors import ConvoyError, DeviceLostError, SettingsError
 from app.http.application import create_app
 from app.http.bodies import BodyLimits
 from app.http.connection import Connection
@@ -36,9 +36,9 @@ from app.keys import Keyring
 from app.loading import LoadedModel, Loader
 from app.metrics import Metrics
 from app.operations import Operations
-from app.pages import WriterState
+from app.pages import LONG_AGO, WriterState
 from app.probes import ProbePort, Probes
-from app.repository import Repository, State
+from app.repository import Repository
 from app.sessions import place
 from app.settings import Settings
 from app.tensorrt import Engines
@@ -94,7 +94,7 @@ class Service:
         forbid_pillow_guesses()
         self.settings = settings
         self.cpus = share_of_cpus(settings.workers)
-        self.draining = False
+        self.draining = self._device_lost = False
         self.fault: SettingsError | None = None
         self.metrics = metrics or Metrics(slo_s=settings.slo_ms / 1000)
         self.metrics.promise(settings.slo_ms / 1000)
@@ -106,7 +106,10 @@ class Service:
         self._journal = Journal(self.metrics, settings.access_log, settings.access_log_ratio, self.tracer)
         self._shown: object = None
         self._mailbox = mailbox
-        self._links = Links(self.metrics, renames=bool(settings.model_name)) if settings.engines else None
+        # Twice what may be inside: as much again may have been given up, and not yet let go.
+        most_rows = 2 * settings.max_inflight_images
+        renames = bool(settings.model_name)
+        self._links = Links(self.metrics, renames=renames, most_rows=most_rows) if settings.engines else None
         self._loader = self._links or loader_of(settings, self.metrics, self.cpus)
         board = board or Board()
         # Models may have come and gone since the service started: what held then is not asked of a later worker.
@@ -180,13 +183,12 @@ class Service:
             return WriterState.DRAINING
         if not self.why_not_ready():
             return WriterState.READY
-        loading = any(entry.state is State.LOADING for entry in self.repository.entries.values())
-        return WriterState.LOADING if loading else WriterState.FAILED
+        return WriterState.LOADING if self.repository.is_coming else WriterState.FAILED
 
     def show(self) -> None:
         """Show in the page that the event loop turns, and in which state models and process are."""
         self.page.beat()
-        self.page.show_run(self.repository.running_since)
+        self.page.show_run(LONG_AGO if self._device_lost else self.repository.running_since)
         self.vitals.show()
         if self.grpc is not None:
             self.grpc.show(not self.why_not_ready())
@@ -264,7 +266,11 @@ class Service:
         )
 
     def _load_version(self, name: str, version: str, directory: Path) -> tuple[LoadedModel, float | None]:
-        return self._loader.load(name, version, directory, self._loop)
+        try:
+            return self._loader.load(name, version, directory, self._loop)
+        except DeviceLostError:
+            self._device_lost = True
+            raise
 
 
 def loader_of(settings: Settings, metrics: Metrics, cpus: int) -> Loader:

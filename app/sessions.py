@@ -235,9 +235,11 @@ def _create(path: Path, device: Device | Plugin, threads: int, engines: tensorrt
         # Without this key ONNX Runtime falls back to the CPU in silence; with it, naming the CPU provider is an error.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     given = _given(ort, options, path, device, engines, gpu)
+    told = given[0][1] if device == "tensorrt" and given is not None else {}
     try:
         # A provider that fails would else be dropped for the next, with no more than words on standard output.
-        return ort.InferenceSession(str(path), options, providers=given, enable_fallback=not _is_strict(device))
+        with tensorrt.building(cast("dict[str, str]", told)):
+            return ort.InferenceSession(str(path), options, providers=given, enable_fallback=not _is_strict(device))
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes, some straight from pybind11
         if _is_strict(device):
             reason = (isinstance(device, str) and cuda.missing_driver()) or _first_line(error)

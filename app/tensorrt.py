@@ -6,11 +6,13 @@ asks. Options: https://onnxruntime.ai/docs/execution-providers/TensorRT-Executio
 
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +125,21 @@ def make_room(found: dict[str, str]) -> None:
             pass
     except OSError as error:
         raise SettingsError(f"tensorrt_cache: {directory} cannot be written to: {error.strerror}.") from error
+
+
+@contextmanager
+def building(found: Mapping[str, str]) -> Iterator[None]:
+    """Let no other process build or read the same engine for the length of a block; blocks until it is this one's turn.
+
+    Args:
+        found: the provider's options, whose directory is there: see `make_room`.
+    """
+    if "trt_engine_cache_path" not in found:
+        yield
+        return
+    with (Path(found["trt_engine_cache_path"]) / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _load(name: str, places: Sequence[Path]) -> ctypes.CDLL:

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -47,6 +48,7 @@ HANGS_S = 30.0
 CUT_OFF_S = 3.0
 """Time to end after the drain, or after it was cut off; then a worker is killed."""
 TICK_S = 0.05
+DESCRIPTORS = 65_536
 ALL_WORKERS = ""
 """In place of a model's name, in the series of reloads."""
 
@@ -62,6 +64,7 @@ def serve(settings: Settings) -> None:
         SettingsError: no models, no port, no such device, or several processes on a system that cannot share memory.
         RuntimeMissingError: there is no usable ONNX Runtime.
     """
+    _take_all_descriptors()
     if not (settings.keys or settings.is_private()):
         log.warning("whoever reaches this address may ask: no keys are set", extra={"host": settings.host})
     count = settings.workers or usable_cpus()
@@ -74,6 +77,17 @@ def serve(settings: Settings) -> None:
         raise SettingsError("More than one process needs Linux: set --workers 1 or CONVOY_WORKERS=1, and no engines.")
     with listen(settings.host, settings.port) as listener, reserve_for_grpc(settings):
         Supervisor(settings, count, listener, listen_for_probes(settings)).run()
+
+
+def _take_all_descriptors() -> None:
+    """Use as many descriptors as the system allows: shells and service managers often begin with 1,024 of them.
+
+    Each connection is one; a worker that has none left could not meet an engine that comes.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def share_of(settings: Settings, workers: int) -> Settings:

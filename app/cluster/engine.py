@@ -25,6 +25,7 @@ from app.batcher import Job, Runs
 from app.cluster.slab import SMALLEST_ROOM, Slab, create_slab, packed_bytes
 from app.cluster.wire import (
     NUMBER,
+    PACKET_BYTES,
     REPLY,
     REQUEST,
     SHARE,
@@ -40,10 +41,10 @@ from app.cluster.wire import (
     records_of,
     spoken,
 )
-from app.errors import ConvoyError, SettingsError, UnavailableError
+from app.errors import ConvoyError, DeviceLostError, SettingsError, UnavailableError
 from app.loading import Load, LoadedModel
 from app.metrics import Metrics
-from app.pages import WriterState
+from app.pages import LONG_AGO, WriterState
 from app.progress import Progress
 from app.tensors import Array
 from app.versions import Stamp, stamp_of
@@ -96,7 +97,17 @@ class _Run:
         """Note the run for those who are sampled; on the session's thread, before their answers go out."""
         for answer, own in self._parts:
             answer.shares.append(
-                Share(answer.number, self._number, session, own, rows, requests, self._taken_at, started, seconds)
+                Share(
+                    answer.number,
+                    self._number & 0xFFFFFFFF,
+                    session,
+                    own,
+                    rows,
+                    requests,
+                    self._taken_at,
+                    started,
+                    seconds,
+                )
             )
 
 
@@ -157,7 +168,7 @@ class EngineProcess:
         self._gone: deque[tuple[str, str]] = deque()
         # One at a time: ONNX Runtime while it makes a session, and a GPU's memory, want it so.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._stopping = False
+        self._stopping = self._device_lost = False
         self.batches = count(1)
         """Numbers that tell batches apart."""
 
@@ -179,9 +190,8 @@ class EngineProcess:
         shown = None
         while self._fronts or not self._stopping:
             self._page.beat()
-            self._page.show_run(
-                min(filter(None, (model.batcher.running_since for model in self._loaded())), default=0.0)
-            )
+            running = min(filter(None, (model.batcher.running_since for model in self._loaded())), default=0.0)
+            self._page.show_run(LONG_AGO if self._device_lost else running)
             vitals.show()
             if (loading := self._progress.told) != shown:
                 self._page.tell(WriterState.READY, {"loading": loading})
@@ -209,7 +219,8 @@ class EngineProcess:
         opened.users += 1
         try:
             model, difference = await asyncio.shield(opened.loading)
-        except BaseException:
+        except BaseException as error:
+            self._device_lost = self._device_lost or isinstance(error, DeviceLostError)
             self.let_go(opened)
             raise
         return opened, model, difference
@@ -264,16 +275,26 @@ class _Front:
         job, answer.job = answer.job, None
         if job is None or self._slab is None:
             return
+        status = Status.DONE
         if not answer.given_up:
-            size = packed_bytes(outputs)
-            if size <= answer.size:
-                self._slab.pack(answer.room, outputs)
-            else:
-                descriptor, extra = create_slab(size)
-                extra.pack(0, outputs)
-                extra.close()
-                self._packets.send(spoken(Kind.LARGE, answer.number, size), descriptor)
-        self._end(answer, job, Status.DONE)
+            try:
+                self._write(self._slab, answer, outputs)
+            except Exception as error:  # a batch has other answers too
+                log.exception("scores could not be handed over", extra={"front": self._number})
+                self._write_reason(answer.room, f"Its scores could not be handed over: {error}.")
+                status = Status.FAILED
+        self._end(answer, job, status)
+
+    def _write(self, slab: Slab, answer: _Answer, outputs: tuple[Array, ...]) -> None:
+        """Write scores where the front finds them."""
+        size = packed_bytes(outputs)
+        if size <= answer.size:
+            slab.pack(answer.room, outputs)
+            return
+        descriptor, extra = create_slab(size)
+        extra.pack(0, outputs)
+        extra.close()
+        self._packets.send(spoken(Kind.LARGE, answer.number, size), descriptor)
 
     def fail(self, answer: _Answer, error: Exception) -> None:
         """Tell the front what went wrong with a request, none of whose other rows is wanted any more."""
@@ -340,14 +361,18 @@ class _Front:
                 answer,
                 answer,
             )
-        except (UnavailableError, ValueError) as error:
+        except UnavailableError as error:
             del self._answers[request.number]
-            self._refuse(request, str(error))
+            self._refuse(request, error.message)
+        except Exception as error:  # a packet has other requests too
+            log.exception("a request could not be read", extra={"front": self._number})
+            del self._answers[request.number]
+            self._refuse(request, f"The rows could not be read: {error}.", Status.FAILED)
 
-    def _refuse(self, request: Request, reason: str) -> None:
+    def _refuse(self, request: Request, reason: str, status: Status = Status.CLOSED) -> None:
         if self._slab is not None:
             self._write_reason(request.room, reason)
-            for packet in recorded(Kind.ANSWERS, REPLY, [Reply(request.number, Status.CLOSED, 0.0, 0.0)]):
+            for packet in recorded(Kind.ANSWERS, REPLY, [Reply(request.number, status, 0.0, 0.0)]):
                 self._packets.send(packet)
 
     def _write_reason(self, room: int, reason: str) -> None:
@@ -374,6 +399,8 @@ class _Front:
     async def _open(self, token: int, name: str, version: str, directory: str) -> None:
         try:
             opened, model, difference = await self._engine.open(name, version, directory)
+        except DeviceLostError:
+            return  # this process ends, and the one that takes its place is asked
         except Exception as error:
             kind = "settings" if isinstance(error, SettingsError) else "bundle"
             reason = error.message if isinstance(error, ConvoyError) else f"{type(error).__name__}: {error}"
@@ -384,8 +411,16 @@ class _Front:
         if not self._packets.is_open:
             self._engine.let_go(opened)
             return
-        self._models[token] = opened, model
-        self._packets.send(spoken(Kind.OPENED, token, described(model, difference)))
+        said = spoken(Kind.OPENED, token, described(model, difference))
+        if len(said) > PACKET_BYTES:
+            self._engine.let_go(opened)
+            reason = f"Its tensors' names and shapes take {len(said):,} bytes, and {PACKET_BYTES:,} can be told."
+            said = spoken(Kind.OPENED, token, {"fault": "bundle", "reason": reason})
+        elif token in self._models:  # asked for twice, as an engine came
+            self._engine.let_go(opened)
+        else:
+            self._models[token] = opened, model
+        self._packets.send(said)
 
     def _close(self, token: int) -> None:
         opened, _ = self._models.pop(token, (None, None))

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -44,12 +45,18 @@ from app.errors import BundleError, InferenceError, QueueFullError, SettingsErro
 from app.loading import LoadedModel, manifest_of
 from app.manifest import Manifest
 from app.metrics import Metrics, ModelMetrics
+from app.pages import SILENT_S, Page
 from app.progress import Progress
 from app.tensors import VARIABLE, Array, TensorSpec
 
 log = logging.getLogger(__name__)
 
 _PIXELS = np.dtype(np.uint8)
+_SAME_EVERYWHERE = ("digest", "provider", "inputs", "outputs", "max_batch", "unbatched_why")
+LARGEST_SCORES = 64 << 20
+"""Bytes that a room has for scores beyond its rows, at most."""
+FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
+"""Between attempts of an engine to open what it could not."""
 KNOWN_BATCHES = 256
 """Batches that are remembered, so that requests which shared one are linked to the same span."""
 
@@ -63,6 +70,18 @@ class _Pending:
         self.batcher, self.job, self.room = batcher, job, room
         self.given_up = False
         self.large: tuple[Array, ...] | None = None
+
+
+def _unpacked(descriptors: list[int], size: int) -> tuple[Array, ...]:
+    """Return what lies in memory that an engine has made for it; nothing if it cannot be had."""
+    try:
+        extra = Slab(descriptors[0], size)
+        arrays = extra.unpack(0, size)
+        extra.close()
+    except (OSError, ValueError, IndexError):
+        log.exception("large scores could not be read")
+        return ()
+    return arrays
 
 
 class SlabRoom:
@@ -91,6 +110,7 @@ class Link:
         self.rows = 0
         """Rows that the engine has, and has not answered."""
         self._links = links
+        self._page = links.page_of(number)
         self._loop = asyncio.get_running_loop()
         self._numbers = count(1)
         self._pending: dict[int, _Pending] = {}
@@ -108,6 +128,11 @@ class Link:
     def pending(self) -> int:
         """How many requests the engine has."""
         return len(self._pending)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the engine's event loop stands still; it may go on, or be replaced."""
+        return self._page is not None and self._page.silent_s > SILENT_S
 
     def open(self, token: int, name: str, version: str, directory: Path, told: Callable[[Any], None]) -> None:
         """Have the engine open a version; `told` gets what it says, or None when it is gone."""
@@ -178,10 +203,13 @@ class Link:
         self._flush_soon()
 
     def _taken(self, size: int) -> int:
+        # What nobody waits for any more still has its room, while the engine does not answer.
         try:
-            return self.slab.take(size)
+            if self.rows <= self._links.most_rows:
+                return self.slab.take(size)
         except SlabFullError:
-            raise QueueFullError("The service is full: there is no room for this request on its way.") from None
+            pass
+        raise QueueFullError("The service is full: there is no room for this request on its way.")
 
     def give_up(self, job: Job) -> None:
         """Tell the engine that nobody waits; the room stays taken until it says that it needs it no more."""
@@ -234,9 +262,7 @@ class Link:
                     told(said)
             case Kind.LARGE:
                 number, size = heard(packet)
-                extra = Slab(descriptors[0], size)
-                self._pending[number].large = extra.unpack(0, size)
-                extra.close()
+                self._pending[number].large = _unpacked(descriptors, size)
             case _:
                 log.error("an engine speaks out of turn", extra={"engine": self.number, "kind": kind.name})
         for descriptor in descriptors:
@@ -252,6 +278,10 @@ class Link:
         try:
             if not job.answer.done():
                 self._tell(pending, Status(reply.status))
+        except Exception as error:  # others are waiting in the same packet
+            log.exception("an answer could not be told", extra={"engine": self.number})
+            if not job.answer.done():
+                job.answer.set_exception(InferenceError(f"The engine's answer could not be read: {error}."))
         finally:
             self.slab.let_go(pending.room)
             pending.batcher.ended()
@@ -264,6 +294,8 @@ class Link:
         if outputs is None:
             lying = self.slab.unpack(pending.room, self.slab.room_of(pending.room))
             outputs = tuple([array.copy() for array in lying])
+        if not outputs:
+            raise ValueError("large scores did not arrive")
         if status is Status.DONE:
             job.answer.set_result(outputs)
             return
@@ -317,13 +349,15 @@ class Link:
 class Links:
     """The engines that there are now, and what they are to have opened."""
 
-    def __init__(self, metrics: Metrics, *, renames: bool = False) -> None:
+    def __init__(self, metrics: Metrics, *, renames: bool = False, most_rows: int = sys.maxsize) -> None:
         """Begin without any; see `meet`.
 
         Args:
-            metrics: where models count.
+            metrics: where models count, and the engines' pages.
             renames: a model is called what it is asked for by, whatever name its manifest has.
+            most_rows: an engine that has more of them, given up or not, gets none.
         """
+        self.most_rows = most_rows
         self._metrics = metrics
         self.progress = Progress()
         """Of this process's part in opening a version; the engines show theirs."""
@@ -338,6 +372,10 @@ class Links:
     def count(self) -> int:
         """How many engines there are."""
         return len(self._links)
+
+    def page_of(self, number: int) -> Page | None:
+        """Return an engine's page, by its number; None: it has none."""
+        return next((page for page in self._metrics.engines if page.number == number), None)
 
     def meet(self, number: int, connection: socket.socket) -> None:
         """Have one more engine, which is given every model that the others have."""
@@ -381,7 +419,9 @@ class Links:
         if "fault" in said:
             loop.call_soon_threadsafe(self._forget, batcher)
             raise {"settings": SettingsError}.get(said["fault"], BundleError)(said["reason"])
-        batcher.describe(said)
+        if manifest is not None and manifest.model.sha256 != said["digest"]:
+            loop.call_soon_threadsafe(self._forget, batcher)
+            raise BundleError(f"{directory} was changed while it was opened: have it looked at again.")
         batcher.on_end(lambda: self._forget(batcher))
         classifier = manifest if isinstance(manifest, Manifest) else None
         model = LoadedModel(
@@ -422,9 +462,12 @@ class Links:
                 answers.append(answer)
             if not waiting and not said.done():
                 faults = [answer for answer in answers if "fault" in answer]
-                said.set_result(next(iter(faults or answers), None))
+                found = next(iter(faults or answers), None)
+                if found is not None and not faults:
+                    batcher.describe(found)
+                said.set_result(found)
 
-        for link in self._links:
+        for link in list(self._links):
             batcher.join(link, lambda answer, link=link: told(link, answer))  # type: ignore[misc]
 
     def _forget(self, batcher: "RemoteBatcher") -> None:
@@ -458,6 +501,12 @@ class RemoteBatcher:
         self._loop = loop
         self._ready: dict[Link, int] = {}
         """The engines that have it open, and how many sessions each has."""
+        self._known: dict[str, Any] | None = None
+        """What it was described by; None: it is being opened for the first time."""
+        self._found: dict[Link, dict[str, Any]] = {}
+        """The engines that have opened it before it was described, and what they found."""
+        self._pauses: dict[Link, float] = {}
+        """Seconds until engines that could not open it are asked again."""
         self._known_score_bytes: dict[int, int] = {}
         self._waiting = 0
         self._closed = self._left = False
@@ -466,7 +515,11 @@ class RemoteBatcher:
         self._on_end: Callable[[], None] = lambda: None
 
     def describe(self, said: dict[str, Any]) -> None:
-        """Take what an engine has found out."""
+        """Take what an engine has found out; one that finds other things later is not asked to run anything."""
+        self._known = {key: said[key] for key in _SAME_EVERYWHERE}
+        for link, other in self._found.items():
+            self._take_in(link, other)
+        self._found.clear()
         self.provider = said["provider"]
         self.inputs, self.outputs = (
             tuple(TensorSpec(name, datatype, tuple(shape)) for name, datatype, shape in said[which])
@@ -483,26 +536,49 @@ class RemoteBatcher:
         def opened(said: Any) -> None:
             if said is not None and "fault" in said:
                 log.error("an engine cannot open a model", extra={"model": self._asked[0], **said})
+                if self._known is not None:  # it could be opened once: what is wrong may pass
+                    pause = self._pauses[link] = min(2 * self._pauses.get(link, FIRST_PAUSE_S / 2), LAST_PAUSE_S)
+                    self._loop.call_later(pause, self._again, link)
             elif said is not None and self._left:
                 link.close_model(self.token)
+            elif said is not None and self._known is None:
+                self._found[link] = said
             elif said is not None:
-                self._ready[link] = said["parallel"]
-                self.parallel = sum(self._ready.values())
+                self._take_in(link, said)
             told(said)
 
         link.open(self.token, *self._asked, opened)
 
+    def _again(self, link: Link) -> None:
+        if link in self._links and not self._left:
+            self.join(link)
+
+    def _take_in(self, link: Link, said: dict[str, Any]) -> None:
+        """Have an engine run rows from now on, if it has opened the same."""
+        if {key: said[key] for key in _SAME_EVERYWHERE} != self._known:
+            log.error(
+                "an engine has opened other files than those that are served: have them looked at again",
+                extra={"model": self._asked[0], "version": self._asked[1], "engine": link.number},
+            )
+            link.close_model(self.token)
+            return
+        self._pauses.pop(link, None)
+        self._ready[link] = said["parallel"]
+        self.parallel = sum(self._ready.values())
+
     def part(self, link: Link) -> None:
         """Do without an engine."""
-        self._ready.pop(link, None)
+        for those in (self._ready, self._found, self._pauses):
+            those.pop(link, None)
         self.parallel = sum(self._ready.values()) or self.parallel
 
     def leave(self) -> None:
         """Have every engine close it; on the loop."""
         self._left = True
-        for link in self._ready:
+        for link in [*self._ready, *self._found]:
             link.close_model(self.token)
         self._ready.clear()
+        self._found.clear()
 
     def room(self, shape: tuple[int, ...]) -> SlabRoom:
         """See `Runs.room`: in the slab of the engine that has the least to do."""
@@ -552,7 +628,7 @@ class RemoteBatcher:
     @property
     def is_up(self) -> bool:
         """See `Runs.is_up`."""
-        return bool(self._ready)
+        return any(not link.is_silent for link in self._ready)
 
     @property
     def running_since(self) -> float:
@@ -576,7 +652,9 @@ class RemoteBatcher:
     def _least_loaded(self) -> Link:
         if not self._ready:
             raise UnavailableError("There is no engine at the moment; try again.", code="engine_lost")
-        return min(self._ready, key=lambda link: link.rows) if len(self._ready) > 1 else next(iter(self._ready))
+        if len(self._ready) == 1:
+            return next(iter(self._ready))
+        return min(self._ready, key=lambda link: (link.is_silent, link.rows))
 
     def _score_bytes(self, rows: int) -> int:
         """Return how many bytes the scores of so many rows take; what is variable beyond the rows counts as one."""
@@ -586,5 +664,6 @@ class RemoteBatcher:
             for spec in self.outputs:
                 own = [1 if size == VARIABLE else size for size in spec.shape[1:]]
                 shapes.append(((rows, *own), spec.dtype))
-            known = self._known_score_bytes[rows] = packed_bytes_of(shapes)
+            # Larger ones come in memory of their own.
+            known = self._known_score_bytes[rows] = min(packed_bytes_of(shapes), LARGEST_SCORES)
         return known

@@ -82,7 +82,8 @@ class Slab:
         power = self._rooms.pop(offset)
         self._free.setdefault(power, []).append(offset)
         if power > KEPT_ROOM and hasattr(mmap, "MADV_REMOVE"):
-            self.memory.madvise(mmap.MADV_REMOVE, offset, power)
+            with suppress(OSError):  # not every kernel can (gVisor)
+                self.memory.madvise(mmap.MADV_REMOVE, offset, power)
 
     def lay_out(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
         """Prepare a room for one array of numbers, and return that array, whose numbers are yet to be written.

@@ -196,7 +196,8 @@ class Packets:
                 self._loop.add_writer(self._connection, self._write)
                 return
             except OSError:
-                self._end()
+                # Not at once: whoever sends is in the middle of something, perhaps of becoming known.
+                self._loop.call_soon(self._end)
                 return
             self._waiting.popleft()
             if descriptor >= 0:
@@ -206,11 +207,13 @@ class Packets:
     def _read(self) -> None:
         for _ in range(READ_AT_ONCE):
             try:
-                packet, descriptors, _, _ = socket.recv_fds(self._connection, PACKET_BYTES + 1024, 4)
+                packet, descriptors, flags, _ = socket.recv_fds(self._connection, PACKET_BYTES + 1024, 4)
             except BlockingIOError:
                 return
             except OSError:
-                packet, descriptors = b"", []
+                packet, descriptors, flags = b"", [], 0
+            if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):  # no descriptor was left here, or the packet is too long
+                packet = b""
             try:
                 kind = Kind(packet[0])
             except (IndexError, ValueError):  # the end, or nonsense

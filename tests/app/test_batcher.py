@@ -411,3 +411,54 @@ def test_a_lost_device_is_a_run_without_an_end():
         await close(batcher)
 
     asyncio.run(scenario())
+
+
+def test_each_session_is_prepared_on_the_thread_that_runs_it_before_there_is_work():
+    class Threaded(EchoSession):
+        thread = ""
+
+        def run(self, pixels):
+            assert threading.current_thread().name == self.thread
+            return super().run(pixels)
+
+    async def scenario():
+        sessions = [Threaded(), Threaded()]
+
+        def prepare(number):
+            time.sleep(0.02)
+            sessions[number].thread = threading.current_thread().name
+
+        batcher = Batcher(
+            sessions,
+            max_batch=4,
+            linger_s=0,
+            loop=asyncio.get_running_loop(),
+            metrics=Metrics().for_model("m", "1"),
+            prepare=prepare,
+        )
+        assert {session.thread for session in sessions} == {"m-session-0", "m-session-1"}
+        assert await asyncio.gather(*(answer(batcher, value) for value in range(8))) == [[value] for value in range(8)]
+        await close(batcher)
+
+    asyncio.run(scenario())
+
+
+def test_what_goes_wrong_in_preparing_is_raised_and_leaves_no_thread():
+    async def scenario():
+        def prepare(number):
+            if number == 1:
+                raise ValueError("it does not give its golden answers")
+
+        before = threading.active_count()
+        with pytest.raises(ValueError, match="golden"):
+            Batcher(
+                [EchoSession(), EchoSession(), EchoSession()],
+                max_batch=4,
+                linger_s=0,
+                loop=asyncio.get_running_loop(),
+                metrics=Metrics().for_model("m", "1"),
+                prepare=prepare,
+            )
+        await until(lambda: threading.active_count() == before)
+
+    asyncio.run(scenario())

@@ -1,5 +1,7 @@
 """Runs over buffers that stay: on the CPU's provider, which binds as CUDA's does."""
 
+import ctypes
+
 import numpy as np
 import onnx
 import pytest
@@ -134,6 +136,35 @@ def test_faults_that_are_the_end_are_told_from_those_of_a_request(said, lost):
 def test_without_cuda_buffers_are_ordinary_memory():
     memory = cuda.pinned(100)
     assert (memory.shape, memory.dtype, memory.sum()) == ((100,), np.uint8, 0)
+
+
+class Cudart:
+    """CUDA's library, over ordinary memory."""
+
+    def __init__(self) -> None:
+        self.held = {}
+
+    def cudaHostAlloc(self, address, size, flags):  # noqa: N802
+        memory = ctypes.create_string_buffer(size.value)
+        address._obj.value = ctypes.addressof(memory)
+        self.held[address._obj.value] = memory
+        return 0
+
+    def cudaFreeHost(self, address):  # noqa: N802
+        del self.held[address.value]
+
+
+def test_pinned_memory_is_given_back_with_the_last_array_over_it(monkeypatch):
+    library = Cudart()
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda _: library)
+    memory = cuda.pinned(1000)
+    part = memory[10:20].reshape(2, 5)
+    assert len(library.held) == 1
+    del memory
+    part[...] = 7
+    assert len(library.held) == 1
+    del part
+    assert not library.held
 
 
 class OnGpu:

@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import socket
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +15,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from app.batcher import Batcher
-from app.cluster.engine import EngineProcess
+from app.cluster.engine import EngineProcess, _Run
+from app.cluster.front import Links
 from app.cluster.slab import SMALLEST_ROOM, SlabFullError, create_slab, packed_bytes, packed_bytes_of
-from app.cluster.wire import NUMBER, PACKET_BYTES, Kind, Packets, recorded, records_of
-from app.errors import BundleError, InferenceError, QueueFullError, SettingsError, UnavailableError
+from app.cluster.wire import NUMBER, PACKET_BYTES, SHARE, Kind, Packets, Share, recorded, records_of
+from app.errors import (
+    BundleError,
+    DeviceLostError,
+    InferenceError,
+    QueueFullError,
+    SettingsError,
+    UnavailableError,
+)
 from app.metrics import Metrics
 from app.sessions import PlainSession
-from app.tensors import DATATYPES
+from app.tensors import DATATYPES, TensorSpec
 from app.tracing import Tracer
 from app.workers import gpu_of
 from tests.app.engines import EngineHere, connected, no_socket_is_left  # noqa: F401
@@ -462,3 +473,299 @@ def test_each_of_several_engines_sees_a_gpu_of_its_own():
     environment = {"CUDA_VISIBLE_DEVICES": "GPU-aa, GPU-bb"}
     found = [gpu_of(place, 3, environment)["CUDA_VISIBLE_DEVICES"] for place in range(3)]
     assert found == ["GPU-aa", "GPU-bb", "GPU-aa"]
+
+
+# ---------------------------------------------------------------- what goes wrong between them
+
+
+async def no_hang(waiting, seconds=5):
+    return await asyncio.wait_for(waiting, seconds)
+
+
+def test_an_engine_that_was_dead_when_it_was_met_holds_nobody_up(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(EchoSession()))
+        links = Links(Metrics())
+        ours, theirs = connected()
+        theirs.close()
+        links.meet(1, ours)
+        here.front(links)
+        runs = (await no_hang(here.opened(links))).batcher
+        assert await answer(runs, 5) == [5]
+        assert links.count == 1
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_dies_in_the_turn_in_which_all_are_asked_hides_none_of_the_others(tmp_path, monkeypatch):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(EchoSession()))
+        links = Links(Metrics())
+        ours, theirs = connected()
+        links.meet(1, ours)
+        here.front(links)
+        ask = links._ask
+
+        def ask_as_one_dies(*arguments):
+            theirs.close()
+            ask(*arguments)
+
+        monkeypatch.setattr(links, "_ask", ask_as_one_dies)
+        runs = (await no_hang(here.opened(links))).batcher
+        assert await answer(runs, 5) == [5]
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+async def lose_engine(here: EngineHere) -> None:
+    for front in list(here.engine._fronts):
+        front._packets.close()
+    await asyncio.sleep(0.05)
+
+
+def test_an_engine_that_could_not_open_a_model_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.cluster.front.FIRST_PAUSE_S", 0.05)
+
+    async def scenario():
+        first = EngineHere(tmp_path, batcher_of(EchoSession()))
+        links = first.front()
+        runs = (await first.opened(links)).batcher
+        await lose_engine(first)
+        full = BundleError("the memory of the dead one is not free yet")
+        second = EngineHere(tmp_path, batcher_of(EchoSession()), fault=full)
+        second.front(links)
+        await until(lambda: second.loads >= 2)
+        assert not runs.is_up
+        second._fault = None
+        await until(lambda: runs.is_up)
+        assert await answer(runs, 6) == [6]
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+class Changed(EngineHere):
+    def _load(self, *arguments):
+        model, difference = super()._load(*arguments)
+        return replace(model, digest="another"), difference
+
+
+def test_an_engine_that_found_other_files_than_those_that_are_described_runs_nothing(tmp_path, caplog):
+    async def scenario():
+        first = EngineHere(tmp_path, batcher_of(EchoSession()))
+        links = first.front()
+        model = await first.opened(links)
+        await lose_engine(first)
+        second = Changed(tmp_path, batcher_of(EchoSession()))
+        second.front(links)
+        await until(lambda: "other files" in caplog.text)
+        await until(lambda: not second.engine._models)
+        assert not model.batcher.is_up
+        with pytest.raises(UnavailableError):
+            model.batcher.submit((rows(1),), 1, FOREVER)
+        third = EngineHere(tmp_path, batcher_of(EchoSession()))
+        third.front(links)
+        await until(lambda: model.batcher.is_up)
+        await close(model.batcher)
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_was_asked_for_twice_by_one_front_is_closed_once(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(EchoSession()))
+        links = here.front()
+        [link] = links._links
+        said: list[object] = []
+        for _ in range(2):
+            link.open(77, "m", "1", tmp_path, said.append)
+            await until(lambda: len(said) > 0)
+            said.clear()
+        [opened] = here.engine._models.values()
+        assert opened.users == 1
+        link.close_model(77)
+        await until(lambda: not here.engine._models)
+
+    asyncio.run(scenario())
+
+
+def test_one_answer_that_cannot_be_handed_over_fails_alone(tmp_path, monkeypatch):
+    made = []
+
+    def seldom(size):
+        made.append(size)
+        if len(made) == 1:
+            raise OSError(24, "Too many open files")
+        return create_slab(size)
+
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(WideSession()))
+        links = here.front()
+        runs = (await here.opened(links)).batcher
+        monkeypatch.setattr("app.cluster.engine.create_slab", seldom)
+        jobs = [runs.submit((rows(value),), 1, FOREVER) for value in range(4)]
+        results = await no_hang(asyncio.gather(*(job.answer for job in jobs), return_exceptions=True))
+        assert [type(result) for result in results] == [InferenceError, tuple, tuple, tuple]
+        assert "could not be handed over" in results[0].message
+        [link] = links._links
+        assert (link.slab.rooms, link.rows, runs._waiting) == (0, 0, 0)
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_large_scores_that_do_not_arrive_fail_their_request_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.cluster.front._unpacked", lambda *_: ())
+
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(WideSession()))
+        runs = (await here.opened()).batcher
+        with pytest.raises(InferenceError, match="large scores did not arrive"):
+            await no_hang(runs.submit((rows(1),), 1, FOREVER).answer)
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_whose_taker_fails_is_no_reason_to_keep_others_waiting(tmp_path):
+    class Broken:
+        def done(self):
+            return False
+
+        def set_result(self, outputs):
+            raise RuntimeError("broken")
+
+        def set_exception(self, error):
+            self.error = error
+
+    async def scenario():
+        session = EchoSession(held=True)
+        here = EngineHere(tmp_path, batcher_of(session))
+        links = here.front()
+        runs = (await here.opened(links)).batcher
+        blocker = await fill(session, runs)
+        broken = Broken()
+        runs.submit((rows(1),), 1, FOREVER, answer=broken)
+        others = [asyncio.create_task(answer(runs, value)) for value in (2, 3)]
+        await until(lambda: here.batcher._line.rows == 3)
+        session.gate.set()
+        assert await no_hang(asyncio.gather(*others)) == [[2], [3]]
+        await blocker
+        assert "broken" in broken.error.message
+        [link] = links._links
+        assert (link.slab.rooms, link.rows) == (0, 0)
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_a_description_that_is_too_long_is_a_fault_and_not_a_silence(tmp_path):
+    class Verbose(EngineHere):
+        def _load(self, *arguments):
+            model, difference = super()._load(*arguments)
+            outputs = tuple(
+                TensorSpec(f"/model/layers.{i}/present.key_values.{i}", "FP32", (-1, 8)) for i in range(1500)
+            )
+            return replace(model, outputs=outputs), difference
+
+    async def scenario():
+        here = Verbose(tmp_path, batcher_of(EchoSession()))
+        with pytest.raises(BundleError, match="names and shapes take"):
+            await no_hang(here.opened())
+        await until(lambda: not here.engine._models)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_whose_device_is_lost_while_it_opens_says_nothing_and_asks_to_be_replaced(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, None, fault=DeviceLostError("CUDA failure 700"))
+        links = here.front()
+        opening = asyncio.create_task(here.opened(links))
+        await until(lambda: here.engine._device_lost)
+        await lose_engine(here)  # the supervisor kills it
+        healthy = EngineHere(tmp_path, batcher_of(EchoSession()))
+        healthy.front(links)
+        runs = (await no_hang(opening)).batcher
+        assert await answer(runs, 4) == [4]
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_who_stands_still_is_not_up_and_is_asked_last(tmp_path):
+    async def scenario():
+        here, there = (EngineHere(tmp_path, batcher_of(EchoSession())) for _ in range(2))
+        links = there.front(here.front())
+        runs = (await here.opened(links)).batcher
+        first, second = runs._ready
+        first._page = SimpleNamespace(silent_s=60.0)
+        second.rows = 10
+        assert runs.is_up and runs._least_loaded() is second
+        second.rows, second._page = 0, first._page
+        assert not runs.is_up
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_answers_nothing_gets_no_more_than_twice_what_may_be_inside(tmp_path):
+    async def scenario():
+        session = EchoSession(held=True)
+        here = EngineHere(tmp_path, batcher_of(session))
+        links = here.front(Links(Metrics(), most_rows=20))
+        runs = (await here.opened(links)).batcher
+        [front] = here.engine._fronts
+        asyncio.get_running_loop().remove_reader(front._packets._connection)
+        sent = 0
+        with pytest.raises(QueueFullError):
+            while sent < 100:
+                runs.abandon(runs.submit((rows(1, 2),), 2, FOREVER))
+                sent += 1
+        assert sent == 11
+        session.gate.set()
+
+    asyncio.run(scenario())
+
+
+def test_a_kernel_that_cannot_take_memory_back_is_no_reason_to_keep_a_room(slab):
+    class Unable:
+        def madvise(self, *_):
+            raise OSError(38, "Function not implemented")
+
+    room = slab.take(slab._size)
+    memory, slab.memory = slab.memory, Unable()
+    slab.let_go(room)
+    slab.memory = memory
+    assert slab.rooms == 0
+
+
+def test_numbers_of_batches_go_on_beyond_what_a_record_holds():
+    shares: list[Share] = []
+    batch = _Run(2**32 + 5, 0.0)
+    batch.add(SimpleNamespace(number=1, shares=shares), 1)
+    batch.end(0.0, 0.1, rows=1, requests=1, session=0)
+    [packet] = recorded(Kind.BATCHES, SHARE, shares)
+    assert [Share(*record).batch for record in records_of(SHARE, packet)] == [5]
+
+
+def test_a_packet_without_its_descriptor_ends_the_connection(monkeypatch):
+    async def scenario():
+        ours, theirs = connected()
+        lost: list[str] = []
+        taken: list[Kind] = []
+        Packets(theirs, lambda kind, *_: taken.append(kind), lambda: lost.append("it"))
+        receive = socket.recv_fds
+
+        def without_room_for_it(*arguments):
+            packet, descriptors, _, address = receive(*arguments)
+            return packet, descriptors, socket.MSG_CTRUNC, address
+
+        monkeypatch.setattr("app.cluster.wire.socket.recv_fds", without_room_for_it)
+        ours.send(bytes([Kind.HELLO]) + b"\0\0\0\0{}")
+        await until(lambda: bool(lost))
+        assert not taken
+
+    asyncio.run(scenario())

@@ -2,6 +2,9 @@
 
 import asyncio
 import ctypes
+import os
+import select
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,3 +218,33 @@ def write_rows_that_know_of_each_other(directory: Path) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, directory / "model.onnx")
     return directory
+
+
+def test_no_two_processes_build_the_same_engine_at_once(tmp_path):
+    found = {"trt_engine_cache_path": str(tmp_path)}
+    program = (
+        "import sys; from app.tensorrt import building\n"
+        "with building({'trt_engine_cache_path': sys.argv[1]}):\n"
+        "    print('in', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with tensorrt.building(found):
+        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        ready, _, _ = select.select([other.stdout], [], [], 1)
+        assert not ready, "it waits for its turn"
+    assert other.stdout.readline() == b"in\n"
+    other.communicate()
+    with tensorrt.building({}):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
+
+
+def test_tf32_is_forbidden_unless_it_is_asked_for(asked, bundle, monkeypatch, tmp_path):
+    monkeypatch.delenv(tensorrt.TF32_VARIABLE, raising=False)
+    ClassifierSession(bundle.model_path, "tensorrt", 1, Engines(2, str(tmp_path)), cuda.Cuda(tf32=True))
+    assert tensorrt.TF32_VARIABLE not in os.environ
+    ClassifierSession(bundle.model_path, "tensorrt", 1, Engines(2, str(tmp_path)))
+    assert os.environ[tensorrt.TF32_VARIABLE] == "0"
+    monkeypatch.delenv(tensorrt.TF32_VARIABLE)
+    kept = [made.providers[0][1]["trt_engine_cache_path"] for made in asked]
+    assert kept[0] != kept[1], "an engine that rounds is another"
