@@ -77,7 +77,7 @@ def story(tmp_path_factory) -> Iterator[SimpleNamespace]:
             form = [("file", ("a.png", RED)) for _ in range(8)]
             first = pool.submit(server.client.post, slow, files=form, headers=parent(10))
             wait_for(lambda: server.metrics().get('convoy_queue_rows{model="slow"}', 0) > 0)  # decoded, not only let in
-            said["late"] = ask(13, slow, **{"Timeout-Ms": "1"})
+            said["late"] = ask(13, slow, **{"Timeout-Ms": "50"})
             said["together"] = list(pool.map(lambda number: ask(number, slow), (11, 12)))
             first.result()
         metadata = tuple(parent(20).items())
