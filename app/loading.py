@@ -39,6 +39,9 @@ from app.sessions import ClassifierSession, Device, OnnxSession, Session
 from app.tensorrt import Engines
 from app.tensors import VARIABLE, Array, TensorSpec
 
+DEVICE_SESSIONS = 2
+"""Of a model on a GPU, if nobody says: one keeps it busy, and with two one copies while the other computes."""
+
 _AnySession = TypeVar("_AnySession", bound=OnnxSession)
 
 
@@ -105,6 +108,7 @@ class Loader:
         *,
         device: Device | Plugin,
         sessions: int,
+        cpus: int = 1,
         threads_per_session: int,
         max_batch: int,
         linger_s: float,
@@ -112,11 +116,12 @@ class Loader:
         gpu: Cuda | None = None,
         renames: bool = False,
     ) -> None:
+        # `sessions` 0: as many as there are `cpus`, where those compute; two where another device does.
         # `renames`: a model is called what it is asked for by, whatever name its manifest has.
         self._renames = renames
         self._metrics = metrics
         self._device = device
-        self._sessions = sessions
+        self._sessions, self._cpus = sessions, cpus
         self._threads = threads_per_session
         self._max_batch = max_batch
         self._linger_s = linger_s
@@ -237,13 +242,18 @@ class Loader:
 
     def _opened(self, which: str, open_one: Callable[[], _AnySession]) -> list[_AnySession]:
         """Return as many sessions as there are to be, made one after the other."""
-        sessions = []
+        sessions: list[_AnySession] = []
         slow = ", for which TensorRT takes the engine that it has kept, or builds one, in minutes"
-        for number in range(1, self._sessions + 1):
-            told = f"{which}: session {number} of {self._sessions}{slow if self._device == 'tensorrt' else ''}"
+        while not sessions or len(sessions) < self.planned(sessions[0].provider):
+            told = f"{which}: session {len(sessions) + 1}{slow if self._device == 'tensorrt' else ''}"
             with self.progress.step(told):
                 sessions.append(open_one())
         return sessions
+
+    def planned(self, provider: str) -> int:
+        """Return how many sessions a model has that runs there."""
+        by_cpus = provider == "cpu" or (isinstance(self._device, Plugin) and self._device.hardware == "cpu")
+        return self._sessions or (self._cpus if by_cpus else DEVICE_SESSIONS)
 
     def _classifier_session(self, bundle: Bundle) -> ClassifierSession:
         # All golden images go through in one run.

@@ -56,8 +56,6 @@ GARBAGE_THRESHOLD = 20_000
 """Allocations between two collections of the youngest garbage; Python's 700 are one request of a few images."""
 PATIENCE_S = 5.0
 """Beyond a request's deadline, how long it may still hold a version that has been replaced."""
-GPU_SESSIONS = 2
-"""Of each model, if nobody says: one keeps a GPU busy, and with two one copies while the other computes."""
 TICKS_A_SECOND = 10
 DRAIN_STEP_S = 0.02
 LAST_REQUEST_S = 0.5
@@ -278,7 +276,8 @@ def loader_of(settings: Settings, metrics: Metrics, cpus: int) -> Loader:
     return Loader(
         metrics,
         device=place(settings.device, settings.plugin, settings.plugin_hardware, settings.plugin_options),
-        sessions=settings.sessions or sessions_for(settings, cpus),
+        sessions=settings.sessions,
+        cpus=cpus,
         threads_per_session=settings.threads_per_session,
         max_batch=settings.max_batch,
         linger_s=settings.linger_ms / 1000,
@@ -292,14 +291,6 @@ def loader_of(settings: Settings, metrics: Metrics, cpus: int) -> Loader:
         engines=Engines(settings.max_batch, settings.tensorrt_cache, settings.tensorrt_fp16),
         renames=bool(settings.model_name),
     )
-
-
-def sessions_for(settings: Settings, cpus: int) -> int:
-    """Return how many sessions there are where nobody says it: one for each processor, where those compute."""
-    beside_them = settings.device in ("cuda", "tensorrt") or (
-        settings.device == "plugin" and settings.plugin_hardware != "cpu"
-    )
-    return GPU_SESSIONS if beside_them else cpus
 
 
 def _tracer_of(settings: Settings, worker: int) -> Tracer | None:

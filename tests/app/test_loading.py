@@ -273,9 +273,16 @@ def load_from(directory: Path) -> tuple[LoadedModel, float | None]:
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "planned"),
-    [("cpu", 0, 48), ("auto", 0, 48), ("cuda", 0, 2), ("tensorrt", 0, 2), ("cuda", 5, 5)],
+    ("settings", "provider", "planned"),
+    [
+        ({"device": "cpu"}, "cpu", 48),
+        ({"device": "auto"}, "cpu", 48),
+        ({"device": "auto"}, "cuda", 2),
+        ({"device": "tensorrt"}, "tensorrt", 2),
+        ({"device": "cuda", "sessions": 5}, "cuda", 5),
+        ({"device": "plugin", "plugin": "fast"}, "fast", 2),
+        ({"device": "plugin", "plugin": "fast", "plugin_hardware": "cpu"}, "fast", 48),
+    ],
 )
-def test_a_gpu_has_two_sessions_however_many_processors_are_beside_it(device, asked, planned):
-    loader = loader_of(Settings(device=device, sessions=asked), Metrics(), 48)
-    assert loader._sessions == planned
+def test_a_gpu_has_two_sessions_however_many_processors_are_beside_it(settings, provider, planned):
+    assert loader_of(Settings(**settings), Metrics(), 48).planned(provider) == planned
