@@ -58,6 +58,8 @@ class Offer:
     """What the model was trained on (`training/data/cards.py`), as a file."""
     parent: dict[str, Any] | None = None
     """What this was compressed from."""
+    golden_tolerance: float = GOLDEN_TOLERANCE
+    """Largest difference from the golden answers where it is served, of any probability."""
     figures: dict[str, Any] = field(default_factory=dict)
     """More for the manifest's evaluation, measured by whoever offers."""
 
@@ -156,7 +158,7 @@ def export_graph(
                 "created": datetime.now(UTC).date().isoformat(),
             },
             "opset": opset_of(model),
-            "tolerance": GOLDEN_TOLERANCE,
+            "tolerance": offer.golden_tolerance,
             "golden_labels": [offer.labels[index] for index in golden.probabilities.argmax(axis=1).tolist()],
         }
         bundle = write_bundle(

@@ -42,6 +42,16 @@ def work(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+def test_a_device_that_rounds_may_be_given_more_tolerance(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run, common = str(work / "runs" / "insects"), [f"--models-dir={tmp_path}", f"--cache-dir={work / 'cache'}"]
+    assert cli.main(["export", run, *common, "--golden-tolerance=0.01"]) == 0
+    assert read_bundle(tmp_path / "insects" / "1").manifest.golden.tolerance == 0.01
+    assert cli.main(["export", run, *common, "--golden-tolerance=0.5"]) != 0
+    assert "must be above 0, and at most 0.02" in capsys.readouterr().err
+
+
 @pytest.fixture
 def bundle(work: Path) -> Bundle:
     return read_bundle(work / "models" / "insects" / "1")

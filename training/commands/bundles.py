@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from training.trust.fitted import Strangers
 
 MOST_STRANGERS = 1000
+LARGEST_TOLERANCE = 0.02
+"""Beyond it the likeliest label of a golden image could change unnoticed (`training/golden.py`)."""
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +61,25 @@ def add_evidence(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="images of none of the classes, to measure how well they are told apart; may be given several times",
     )
+
+
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says how far a device may be from the golden answers."""
+    parser.add_argument(
+        "--golden-tolerance",
+        type=_tolerance,
+        default=1e-4,
+        metavar="X",
+        help="largest difference from a golden probability where it is served; a GPU that rounds to TF32 wants 0.01 "
+        "(%(default)s, at most 0.02)",
+    )
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= LARGEST_TOLERANCE:
+        raise argparse.ArgumentTypeError(f"must be above 0, and at most {LARGEST_TOLERANCE}")
+    return value
 
 
 def add_card(parser: argparse.ArgumentParser) -> None:
@@ -182,13 +203,11 @@ def write(
 
 def tell(exported: "Exported", offer: "Offer", compared: str) -> None:
     """Say what export measured, and of which two ways to compute the difference is."""
-    from training.export import GOLDEN_TOLERANCE
-
     target = exported.bundle.directory
     size_mb = exported.bundle.manifest.model.size_bytes / 1e6
     say(f"{target}: {size_mb:.2f} MB, accuracy {exported.bundle.manifest.evaluation['accuracy']:.2%} on {offer.data}.")
     say(f"{compared} differ by at most {exported.difference:.1e} in a probability.")
     describe_trust(exported.bundle.manifest)
-    unnoticed = [wrong for wrong, change in exported.detects.items() if change <= GOLDEN_TOLERANCE]
+    unnoticed = [wrong for wrong, change in exported.detects.items() if change <= offer.golden_tolerance]
     if unnoticed:
         say(f"Note: this network hardly reacts to {', '.join(unnoticed)}, so its golden images would not notice.")

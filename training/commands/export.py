@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from training.commands.bundles import add_bundle, add_card, card_of, golden_photos, version_of, write
+from training.commands.bundles import add_bundle, add_card, add_tolerance, card_of, golden_photos, version_of, write
 from training.commands.flags import DATA_HELP, add_cache, data_of
 from training.progress import say
 
@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--licence", default="not stated", help="terms of use, for the manifest (%(default)s)")
     add_card(parser)
     add_bundle(parser)
+    add_tolerance(parser)
     add_cache(parser)
 
 
@@ -83,5 +84,6 @@ def _run(options: argparse.Namespace) -> None:
         licence=options.licence,
         command=options.command_line,
         data_card=card.encoded(),
+        golden_tolerance=options.golden_tolerance,
     )
     write(servable_of(checkpoint), offer, split, golden_from, options, held_out_split)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from training.commands.bundles import add_bundle, add_card, card_of, golden_photos, version_of, write
+from training.commands.bundles import add_bundle, add_card, add_tolerance, card_of, golden_photos, version_of, write
 from training.commands.flags import add_cache, add_knobs, recipe_of
 from training.recipes import PIXEL_KNOBS
 
@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--licence", required=True, help="terms of use, for the manifest")
     add_card(parser)
     add_bundle(parser)
+    add_tolerance(parser)
     add_cache(parser)
     add_knobs(parser.add_argument_group("recipe", "As the weights were trained."), PIXEL_KNOBS)
 
@@ -58,5 +59,6 @@ def _run(options: argparse.Namespace) -> None:
         licence=options.licence,
         command=options.command_line,
         data_card=card.encoded(),
+        golden_tolerance=options.golden_tolerance,
     )
     write(Servable(network, recipe), offer, split, golden_from, options)
