@@ -361,7 +361,7 @@ def test_why_a_model_cannot_be_opened_is_told_as_in_one_process(tmp_path, fault)
 
 def test_a_slab_without_room_is_an_overload(tmp_path, monkeypatch):
     async def scenario():
-        monkeypatch.setattr("app.cluster.front.create_slab", lambda: create_slab(2 * SMALLEST_ROOM))
+        monkeypatch.setattr("app.cluster.link.create_slab", lambda: create_slab(2 * SMALLEST_ROOM))
         session = EchoSession(held=True)
         here = EngineHere(tmp_path, batcher_of(session))
         runs = (await here.opened()).batcher
@@ -526,7 +526,7 @@ async def lose_engine(here: EngineHere) -> None:
 
 
 def test_an_engine_that_could_not_open_a_model_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.cluster.front.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("app.cluster.remote.FIRST_PAUSE_S", 0.05)
 
     async def scenario():
         first = EngineHere(tmp_path, batcher_of(EchoSession()))
@@ -617,7 +617,7 @@ def test_one_answer_that_cannot_be_handed_over_fails_alone(tmp_path, monkeypatch
 
 
 def test_large_scores_that_do_not_arrive_fail_their_request_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.cluster.front._unpacked", lambda *_: ())
+    monkeypatch.setattr("app.cluster.link._unpacked", lambda *_: ())
 
     async def scenario():
         here = EngineHere(tmp_path, batcher_of(WideSession()))
