@@ -46,6 +46,7 @@ from benchmarks.survival.__main__ import table
 
 RESULTS = Path(__file__).parents[1] / "results"
 UNKNOWN = "unknown"
+BUNDLES_S = 600.0
 Perform = Callable[[Part, str, Task], dict[str, Any]]
 
 
@@ -75,7 +76,8 @@ def measured(
         perform: does one.
     """
     until = time.monotonic() + budget_s
-    task = _with_bundles(task, perform(BUNDLES, "bundles", replace(task, limit_s=min(budget_s, 600.0))))
+    bundles = _done(perform, BUNDLES, "bundles", replace(task, limit_s=min(budget_s, BUNDLES_S)))
+    task = _with_bundles(task, bundles)
     for name in names:
         left_s, part = until - time.monotonic(), PARTS[name]
         limit = limit_s(name, part, task.seconds, left_s)
@@ -84,13 +86,19 @@ def measured(
             yield name, nothing(f"It takes about {cost:.0f} s, and {max(0.0, left_s):.0f} s of the budget are left.")
             continue
         started = time.monotonic()
-        try:
-            found = perform(part, name, replace(task, limit_s=limit))
-        except Exception as error:
-            found = nothing(reason_of(error))
+        found = _done(perform, part, name, replace(task, limit_s=limit))
         found["took_s"] = round(time.monotonic() - started, 1)
         task = replace(task, best=task.best | found["evidence"].get("best", {}))
+        if task.full is None or task.half is None:
+            found["evidence"]["bundles"] = {"skipped": bundles["skipped"], **bundles["evidence"]}
         yield name, found
+
+
+def _done(perform: Perform, part: Part, name: str, task: Task) -> dict[str, Any]:
+    try:
+        return perform(part, name, task)
+    except Exception as error:
+        return nothing(reason_of(error))
 
 
 def short(why: str) -> str:

@@ -113,6 +113,16 @@ def test_what_hangs_does_not_take_the_time_of_others():
     assert parts.limit_s("memory", parts.PARTS["memory"], 3, 200) == 200
 
 
+def test_bundles_that_could_not_be_made_are_told_of_in_each_part():
+    def perform(part, name, task):
+        if name == "bundles":
+            raise ModuleNotFoundError("No module named 'torch'")
+        return found(evidence={}, skipped="No bundle could be made to measure with.")
+
+    entries = measured(perform, ("ceiling", "one"))
+    assert ["torch" in entry["evidence"]["bundles"]["skipped"] for entry in entries.values()] == [True, True]
+
+
 def test_later_parts_know_the_bundles_and_the_ceiling():
     tasks = {}
 
