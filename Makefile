@@ -45,7 +45,7 @@ bench: $(VENV)/.dev ## measure the service here: throughput, latency, and agains
 bench-peers: $(VENV)/.dev $(PEERS)/.installed ## measure the service beside LitServe, mosec and Triton, in turns; needs wrk
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
-bench-gpu: $(VENV)/.dev ## measure a GPU, and the service on it: half an hour; needs a GPU, wrk and, beside .venv, the extra gpu (ARGS="--only one")
+bench-gpu: $(VENV)/.dev ## measure a GPU, and the service on it: half an hour; needs a GPU and, beside .venv, the extra gpu (ARGS="--only one")
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 bench-survival: $(VENV)/.dev ## overload, leaving clients, kills, signals, quotas and two soaks: 45 minutes (ARGS="--only overload")

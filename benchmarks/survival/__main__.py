@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from app.cpus import machine
@@ -80,7 +81,7 @@ def table(document: Mapping[str, Mapping[str, Any]]) -> Table:
         shown.add_column(heading, justify="right" if heading == "value" else "left")
     for name, entry in document.items():
         if entry["skipped"]:
-            shown.add_row(name, f"skipped: {entry['skipped']}")
+            shown.add_row(name, escape(f"skipped: {entry['skipped']}"))
         for row in entry["rows"]:
             met = {None: "", True: "yes", False: "[bold red]no"}[row["met"]]
             value = "none" if row["value"] is None else f"{number(row['value'])} {row['unit']}".strip()

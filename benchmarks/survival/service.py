@@ -104,15 +104,22 @@ class Service:
         """Return the exit status, or None while it runs."""
         return self._process.poll()
 
-    def wait_until_ready(self) -> None:
-        """Wait until every worker serves the default model and every other model."""
-        deadline = time.monotonic() + START_TIMEOUT_S
+    def wait_until_ready(self, patience_s: float = START_TIMEOUT_S) -> None:
+        """Wait until every worker serves the default model and every other model.
+
+        Raises:
+            RuntimeError: it ended, a model failed, or it takes longer; the message has all that it logged.
+        """
+        deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline and self._process.poll() is None:
             if not self.url and (listening := self.lines("listening")):
                 self.url = listening[0]["url"]
-            with suppress(TimeoutError):  # it loads, and others may have the machine
-                if self.url and _whole(self.ready()):
+            with suppress(OSError):  # it loads, and others may have the machine; or it ends, and has said why
+                ready = self.ready() if self.url else {"models": {}}
+                if _whole(ready):
                     return
+                if "failed" in ready["models"].values():
+                    break
             time.sleep(0.05)
         raise RuntimeError(f"The service did not become ready:\n{self.text()}")
 
@@ -122,11 +129,12 @@ def _whole(ready: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def serving(*, group: Path | None = None, **settings: object) -> Iterator[Service]:
+def serving(*, group: Path | None = None, patience_s: float = START_TIMEOUT_S, **settings: object) -> Iterator[Service]:
     """Serve the shipped models with defaults and such settings until the block ends; ready when it begins.
 
     Args:
         group: a control group of version 1 that the service starts in.
+        patience_s: how long it may take to become ready.
         settings: beside the defaults.
     """
     command: Sequence[str] = [sys.executable, "-c", _TELLING, "serve"]
@@ -141,7 +149,7 @@ def serving(*, group: Path | None = None, **settings: object) -> Iterator[Servic
         )
         service = Service(process, Path(log.name))
         try:
-            service.wait_until_ready()
+            service.wait_until_ready(patience_s)
             yield service
         finally:
             with suppress(subprocess.TimeoutExpired):

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from PIL import Image
-from task import Task
+from task import Task, read_task
 
 TOP = 5
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 PROVIDER = "PEER_PROVIDER"
-"""Another provider of ONNX Runtime, for benchmarks/gpu.py."""
+"""Another provider of ONNX Runtime, for benchmarks/gpu/."""
 Answer = dict[str, Any]
 Decode = Callable[[bytes], np.ndarray]
 
@@ -32,9 +32,13 @@ class Classifier:
         self.decode = plain(manifest["pixels"]) if task.decoder == "plain" else convoy(manifest["pixels"])
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.session = ort.InferenceSession(
-            str(task.bundle / manifest["model"]["file"]), options, providers=[os.environ.get(PROVIDER, CPU)]
-        )
+        wanted = os.environ.get(PROVIDER, CPU)
+        if wanted == CUDA:
+            ort.preload_dlls()
+        self.session = ort.InferenceSession(str(task.bundle / manifest["model"]["file"]), options, providers=[wanted])
+        # Where a provider is not there ONNX Runtime takes the processor, and says so only in its log.
+        if (found := self.session.get_providers()[0]) != wanted:
+            raise SystemExit(f"{PROVIDER} is {wanted}, but ONNX Runtime {ort.__version__} gave a session in {found}.")
         self.warm(task.batch, (manifest["pixels"]["height"], manifest["pixels"]["width"], 3))
 
     def warm(self, batch: int, shape: tuple[int, ...]) -> None:
@@ -81,3 +85,8 @@ def convoy(pixels: dict[str, Any]) -> Decode:
 
     recipe = PixelRecipe.model_validate(pixels)
     return lambda data: images.decode(data, recipe)
+
+
+if __name__ == "__main__":
+    # A trial: servers that start their workers anew for ever would not say what is missing.
+    Classifier(read_task())
