@@ -109,16 +109,16 @@ def run_engine(number: int, memory: int, mailbox: int) -> None:
         def load(
             name: str, version: str, directory: Path, loop: asyncio.AbstractEventLoop
         ) -> tuple[LoadedModel, float | None]:
-            side, classes = SIDE, CLASSES
+            side, classes, digest = SIDE, CLASSES, "simulated"
             manifest = manifest_of(name, version, directory, False)
             if isinstance(manifest, Manifest):
-                side, classes = manifest.pixels.height, len(manifest.labels)
+                side, classes, digest = manifest.pixels.height, len(manifest.labels), manifest.model.sha256
             sessions = [Asleep(device, classes) for _ in range(2)]
             own = metrics.for_model(name, version)
             return LoadedModel(
                 name,
                 version,
-                "simulated",
+                digest,
                 "cpu",
                 (TensorSpec("image", "UINT8", (-1, side, side, 3)),),
                 (TensorSpec("probabilities", "FP32", (-1, classes)),),
