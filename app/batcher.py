@@ -498,6 +498,8 @@ class Batcher:
                 future.result()
         except BaseException:
             self._line.close()
+            for thread in self._threads:
+                thread.join()
             raise
 
     def room(self, shape: tuple[int, ...]) -> Room:
@@ -576,7 +578,6 @@ class Batcher:
         except BaseException as error:
             prepared.set_exception(error)
             return
-        del prepare
         prepared.set_result(None)
         self._serve_loop(session, number)
 

@@ -274,10 +274,17 @@ class Loader:
         """Have every session prepared on its own thread, and return what runs them."""
         # On one GPU, sessions that try kernels at the same time would measure each other.
         turn = nullcontext() if sessions[0].provider == "cpu" else threading.Lock()
+        failed = threading.Event()
 
         def prepare_in_turn(number: int) -> None:
             with turn:
-                prepare(number)
+                if failed.is_set():  # another has, and none is used
+                    return
+                try:
+                    prepare(number)
+                except BaseException:
+                    failed.set()
+                    raise
 
         with self.progress.step(f"{metrics.model} {metrics.version}: golden answers and first runs"):
             return Batcher(

@@ -1,7 +1,7 @@
 """Plug-in providers: libraries that ONNX Runtime loads beside its own, for devices that it does not know by itself.
 
 Owns finding such a library, registering it and choosing among its devices. Knows nothing of bundles, batches or
-requests; `sessions.py` alone asks, under its lock. Settings alone name a library, never a model or a request, for it is
+requests; `sessions.py` alone asks. Settings alone name a library, never a model or a request, for it is
 code that runs here. https://onnxruntime.ai/docs/execution-providers/plugin-ep-libraries/
 """
 

@@ -281,7 +281,8 @@ class Repository:
             state = State.UNLOADED if default is None else default.state
             what = {State.LOADING: "is loading", State.FAILED: "failed to load"}.get(state, "is unloaded")
             return f"The default model '{self.default}' {what}."
-        loaded = {entry.name: entry.model for entry in entries.values() if entry.model is not None}
+        # Asked for once: the loader may put another in its place at any moment.
+        loaded = {entry.name: model for entry in entries.values() if (model := entry.model) is not None}
         down = [name for name, model in loaded.items() if not model.batcher.is_up]
         if self.default in down:
             return f"No engine has the default model '{self.default}' at the moment."
@@ -296,7 +297,7 @@ class Repository:
     def is_coming(self) -> bool:
         """Whether what is not ready may become so by itself: it is being opened, or waits for an engine."""
         return any(
-            entry.state is State.LOADING or (entry.model is not None and not entry.model.batcher.is_up)
+            entry.state is State.LOADING or ((model := entry.model) is not None and not model.batcher.is_up)
             for entry in self.entries.values()
         )
 

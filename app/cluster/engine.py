@@ -411,13 +411,14 @@ class _Front:
         if not self._packets.is_open:
             self._engine.let_go(opened)
             return
+        if token in self._models:  # asked for twice, as an engine came: what was opened first is what runs
+            self._engine.let_go(opened)
+            opened, model = self._models[token]
         said = spoken(Kind.OPENED, token, described(model, difference))
         if len(said) > PACKET_BYTES:
             self._engine.let_go(opened)
             reason = f"Its tensors' names and shapes take {len(said):,} bytes, and {PACKET_BYTES:,} can be told."
             said = spoken(Kind.OPENED, token, {"fault": "bundle", "reason": reason})
-        elif token in self._models:  # asked for twice, as an engine came
-            self._engine.let_go(opened)
         else:
             self._models[token] = opened, model
         self._packets.send(said)

@@ -8,13 +8,14 @@ import logging
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from app.cluster.link import Link
-from app.cluster.remote import RemoteBatcher
+from app.cluster.remote import SAME_EVERYWHERE, RemoteBatcher
 from app.drift import Sampler
 from app.errors import BundleError, SettingsError
 from app.loading import LoadedModel, manifest_of
@@ -24,6 +25,8 @@ from app.pages import Page
 from app.progress import Progress
 
 log = logging.getLogger(__name__)
+
+REASON_LENGTH = 4000
 
 
 class Links:
@@ -141,7 +144,7 @@ class Links:
             if answer is not None:
                 answers.append(answer)
             if not waiting and not said.done():
-                faults = [answer for answer in answers if "fault" in answer]
+                faults = [answer for answer in answers if "fault" in answer] or _disagreement(answers)
                 found = next(iter(faults or answers), None)
                 if found is not None and not faults:
                     batcher.describe(found)
@@ -153,3 +156,13 @@ class Links:
     def _forget(self, batcher: "RemoteBatcher") -> None:
         self._batchers.discard(batcher)
         batcher.leave()
+
+
+def _disagreement(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a fault where engines have found different things; else nothing."""
+    for key in SAME_EVERYWHERE:
+        found = [answer[key] for answer in answers]
+        if any(other != found[0] for other in found):
+            reason = f"The engines do not agree on its {key}: {', '.join(map(str, found))}."
+            return [{"fault": "bundle", "reason": reason[:REASON_LENGTH]}]
+    return []

@@ -21,7 +21,8 @@ from app.tensors import VARIABLE, Array, TensorSpec
 
 log = logging.getLogger(__name__)
 
-_SAME_EVERYWHERE = ("digest", "provider", "inputs", "outputs", "max_batch", "unbatched_why")
+SAME_EVERYWHERE = ("digest", "provider", "inputs", "outputs", "max_batch", "unbatched_why")
+"""What every engine must find of a model."""
 LARGEST_SCORES = 64 << 20
 """Bytes that a room has for scores beyond its rows, at most."""
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
@@ -69,7 +70,7 @@ class RemoteBatcher:
 
     def describe(self, said: dict[str, Any]) -> None:
         """Take what an engine has found out; one that finds other things later is not asked to run anything."""
-        self._known = {key: said[key] for key in _SAME_EVERYWHERE}
+        self._known = {key: said[key] for key in SAME_EVERYWHERE}
         for link, other in self._found.items():
             self._take_in(link, other)
         self._found.clear()
@@ -89,9 +90,7 @@ class RemoteBatcher:
         def opened(said: Any) -> None:
             if said is not None and "fault" in said:
                 log.error("an engine cannot open a model", extra={"model": self._asked[0], **said})
-                if self._known is not None:  # it could be opened once: what is wrong may pass
-                    pause = self._pauses[link] = min(2 * self._pauses.get(link, FIRST_PAUSE_S / 2), LAST_PAUSE_S)
-                    self._loop.call_later(pause, self._again, link)
+                self._ask_again(link)
             elif said is not None and self._left:
                 link.close_model(self.token)
             elif said is not None and self._known is None:
@@ -102,18 +101,30 @@ class RemoteBatcher:
 
         link.open(self.token, *self._asked, opened)
 
+    def _ask_again(self, link: Link) -> None:
+        """Have an engine open it once more, later: what is wrong may pass."""
+        pause = self._pauses[link] = min(2 * self._pauses.get(link, FIRST_PAUSE_S / 2), LAST_PAUSE_S)
+        self._loop.call_later(pause, self._again, link)
+
     def _again(self, link: Link) -> None:
         if link in self._links and not self._left:
             self.join(link)
 
     def _take_in(self, link: Link, said: dict[str, Any]) -> None:
         """Have an engine run rows from now on, if it has opened the same."""
-        if {key: said[key] for key in _SAME_EVERYWHERE} != self._known:
+        others = [key for key in SAME_EVERYWHERE if self._known is not None and said[key] != self._known[key]]
+        if others:
             log.error(
-                "an engine has opened other files than those that are served: have them looked at again",
-                extra={"model": self._asked[0], "version": self._asked[1], "engine": link.number},
+                "an engine has opened something else than what is served: it is asked again, and runs nothing of it",
+                extra={
+                    "model": self._asked[0],
+                    "version": self._asked[1],
+                    "engine": link.number,
+                    "differs": {key: [self._known[key], said[key]] for key in others if self._known is not None},
+                },
             )
             link.close_model(self.token)
+            self._ask_again(link)
             return
         self._pauses.pop(link, None)
         self._ready[link] = said["parallel"]

@@ -113,3 +113,6 @@ class Ready(BaseModel):
     workers: dict[str, str] | None = Field(
         default=None, description="With several workers: ready, or why not, for each."
     )
+    loading: list[str] | None = Field(
+        default=None, description="While something is opened: which model, in which step, for how long."
+    )

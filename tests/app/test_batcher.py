@@ -448,6 +448,7 @@ def test_what_goes_wrong_in_preparing_is_raised_and_leaves_no_thread():
         def prepare(number):
             if number == 1:
                 raise ValueError("it does not give its golden answers")
+            time.sleep(0.1)
 
         before = threading.active_count()
         with pytest.raises(ValueError, match="golden"):
@@ -459,6 +460,6 @@ def test_what_goes_wrong_in_preparing_is_raised_and_leaves_no_thread():
                 metrics=Metrics().for_model("m", "1"),
                 prepare=prepare,
             )
-        await until(lambda: threading.active_count() == before)
+        assert threading.active_count() == before
 
     asyncio.run(scenario())

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -547,12 +548,55 @@ def test_an_engine_that_could_not_open_a_model_is_asked_again(tmp_path, monkeypa
 
 
 class Changed(EngineHere):
+    digest = "another"
+
     def _load(self, *arguments):
         model, difference = super()._load(*arguments)
-        return replace(model, digest="another"), difference
+        return replace(model, digest=self.digest), difference
 
 
-def test_an_engine_that_found_other_files_than_those_that_are_described_runs_nothing(tmp_path, caplog):
+def test_engines_that_do_not_agree_at_first_are_a_fault(tmp_path):
+    async def scenario():
+        here, there = (kind(tmp_path, batcher_of(EchoSession())) for kind in (EngineHere, Changed))
+        links = there.front(here.front())
+        with pytest.raises(
+            BundleError, match="The engines do not agree on its digest: (digest, another|another, digest)"
+        ):
+            await no_hang(here.opened(links))
+        await until(lambda: not (here.engine._models or there.engine._models))
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_failed_before_another_had_opened_the_model_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.cluster.remote.FIRST_PAUSE_S", 0.05)
+    gate = threading.Event()
+
+    class Slow(EngineHere):
+        def _load(self, *arguments):
+            assert gate.wait(10)
+            return super()._load(*arguments)
+
+    async def scenario():
+        slow = Slow(tmp_path, batcher_of(EchoSession()))
+        links = slow.front()
+        opening = asyncio.create_task(slow.opened(links))
+        await until(lambda: bool(links._batchers))
+        faulty = EngineHere(tmp_path, batcher_of(EchoSession()), fault=BundleError("no memory yet"))
+        faulty.front(links)
+        await until(lambda: faulty.loads >= 1)
+        gate.set()
+        runs = (await no_hang(opening)).batcher
+        faulty._fault = None
+        await until(lambda: len(runs._ready) == 2)
+        await close(runs)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_found_something_else_runs_nothing_until_it_finds_the_same(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("app.cluster.remote.FIRST_PAUSE_S", 0.05)
+
     async def scenario():
         first = EngineHere(tmp_path, batcher_of(EchoSession()))
         links = first.front()
@@ -560,13 +604,14 @@ def test_an_engine_that_found_other_files_than_those_that_are_described_runs_not
         await lose_engine(first)
         second = Changed(tmp_path, batcher_of(EchoSession()))
         second.front(links)
-        await until(lambda: "other files" in caplog.text)
-        await until(lambda: not second.engine._models)
+        await until(lambda: "something else than what is served" in caplog.text)
+        [told] = {str(record.differs) for record in caplog.records if hasattr(record, "differs")}
+        assert told == "{'digest': ['digest', 'another']}"
         assert not model.batcher.is_up
         with pytest.raises(UnavailableError):
             model.batcher.submit((rows(1),), 1, FOREVER)
-        third = EngineHere(tmp_path, batcher_of(EchoSession()))
-        third.front(links)
+        await until(lambda: second.loads >= 2)
+        second.digest = "digest"  # as it was again
         await until(lambda: model.batcher.is_up)
         await close(model.batcher)
 

@@ -147,3 +147,11 @@ def test_a_store_that_speaks_no_http_is_told_in_one_line(tmp_path, said):
     assert failed.returncode == 1
     assert failed.stderr.count("\n") == 1, failed.stderr
     assert list(into.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["example.com/m.tar?sig=SECRET", "http://127.0.0.1/m.tar?sig=SECRET x"])
+def test_an_address_that_cannot_be_asked_is_told_without_its_signature(tmp_path, url):
+    failed = fetch(url, "0" * 64, tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1 and "m.tar" in failed.stderr
+    assert "SECRET" not in failed.stderr

@@ -49,7 +49,7 @@ def test_a_device_that_rounds_may_be_given_more_tolerance(
     assert cli.main(["export", run, *common, "--golden-tolerance=0.01"]) == 0
     assert read_bundle(tmp_path / "insects" / "1").manifest.golden.tolerance == 0.01
     assert cli.main(["export", run, *common, "--golden-tolerance=0.5"]) != 0
-    assert "must be above 0, and at most 0.02" in capsys.readouterr().err
+    assert "must be a number above 0, and at most 0.02" in capsys.readouterr().err
 
 
 @pytest.fixture

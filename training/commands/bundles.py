@@ -76,9 +76,12 @@ def add_tolerance(parser: argparse.ArgumentParser) -> None:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= LARGEST_TOLERANCE:
-        raise argparse.ArgumentTypeError(f"must be above 0, and at most {LARGEST_TOLERANCE}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, and at most {LARGEST_TOLERANCE}")
     return value
 
 

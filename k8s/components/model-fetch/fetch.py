@@ -83,8 +83,9 @@ def main() -> int:
     try:
         sys.stdout.write(fetch(url, sha256, Path(sys.argv[1])) + "\n")
     except (ValueError, OSError, http.client.HTTPException) as error:
-        # What urllib says of itself may have several lines, or none.
-        sys.stderr.write(f"{' '.join(str(error).split()) or type(error).__name__}\n")
+        # What urllib says of itself may have several lines, or none, and the address with what it is signed with.
+        told = re.sub(r"\?.*", "?…", " ".join(str(error).split()).replace(url, url.partition("?")[0]))
+        sys.stderr.write(f"{told or type(error).__name__}\n")
         return 1
     return 0
 
