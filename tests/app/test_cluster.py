@@ -559,9 +559,7 @@ def test_engines_that_do_not_agree_at_first_are_a_fault(tmp_path):
     async def scenario():
         here, there = (kind(tmp_path, batcher_of(EchoSession())) for kind in (EngineHere, Changed))
         links = there.front(here.front())
-        with pytest.raises(
-            BundleError, match="The engines do not agree on its digest: (digest, another|another, digest)"
-        ):
+        with pytest.raises(BundleError, match="The engines do not agree on its digest: "):
             await no_hang(here.opened(links))
         await until(lambda: not (here.engine._models or there.engine._models))
 
