@@ -583,7 +583,7 @@ class Batcher:
 
     def _serve_loop(self, session: Session, number: int) -> None:
         busy = self._metrics.busy(session.provider, number)
-        copying = self._metrics.copying(session.provider, number) if session.provider != "cpu" else None
+        copying = self._metrics.copying(session.provider, number)
         session.copied_s()  # of runs before there were requests
         while (batch := self._line.take()) is not None:
             started = self._clock()
@@ -615,11 +615,10 @@ class Batcher:
             session=number,
         )
 
-    def _deliver(self, batch: Batch, busy: Number, copying: Number | None) -> None:
+    def _deliver(self, batch: Batch, busy: Number, copying: Number) -> None:
         """Count a batch and give every job of it its rows; runs on the event loop, which alone may count."""
         busy.inc(batch.infer_s)
-        if copying is not None:
-            copying.inc(batch.copied_s)
+        copying.inc(batch.copied_s)
         self._metrics.ran(batch.rows, batch.infer_s, batch.padding)
         for part in batch.slices:
             job = part.job

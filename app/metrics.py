@@ -194,7 +194,7 @@ class Metrics:
         ))
         self.session_copying = add(Counter(
             page, "convoy_session_copy_seconds_total",
-            "Time of these in which rows and scores were copied to and from a GPU's buffers.",
+            "Time of these in which rows were put together for a run, and scores taken apart.",
             ("model", "device", "session"),
         ))
         self.wanted_device = add(Largest(

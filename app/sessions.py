@@ -7,6 +7,7 @@ one thread only, the one that the batcher gives it.
 import dataclasses
 import math
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,16 +65,21 @@ class Session(Protocol):
         ...
 
     def copied_s(self) -> float:
-        """Return the time that went into copying since this was last asked, seconds; 0 where nothing is for its own."""
+        """Return the time that went into copying rows and scores since this was last asked, seconds."""
         ...
 
 
 class PlainSession:
     """What every session does that has no buffers of its own."""
 
+    _copied_s = 0.0
+
     def join(self, parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
         """See `Session.join`."""
-        return tuple([np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
+        started = time.perf_counter()
+        joined = tuple([np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
+        self._copied_s += time.perf_counter() - started
+        return joined
 
     def padding(self, rows: int) -> int:
         """See `Session.padding`."""
@@ -81,7 +87,8 @@ class PlainSession:
 
     def copied_s(self) -> float:
         """See `Session.copied_s`."""
-        return 0.0
+        seconds, self._copied_s = self._copied_s, 0.0
+        return seconds
 
 
 class OnnxSession(PlainSession):
@@ -161,7 +168,7 @@ class OnnxSession(PlainSession):
 
     def copied_s(self) -> float:
         """See `Session.copied_s`."""
-        return 0.0 if self._bound is None else self._bound.copied_s()
+        return super().copied_s() if self._bound is None else self._bound.copied_s()
 
     def run(self, *inputs: Array) -> tuple[Array, ...]:
         """See `Session.run`."""
