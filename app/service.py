@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
@@ -57,7 +58,7 @@ GARBAGE_THRESHOLD = 20_000
 PATIENCE_S = 5.0
 """Beyond a request's deadline, how long it may still hold a version that has been replaced."""
 TICKS_A_SECOND = 10
-DRAIN_STEP_S = 0.02
+STEP_S = 0.02
 LAST_REQUEST_S = 0.5
 """How long an idle connection may still bring a request when the process drains.
 
@@ -167,13 +168,24 @@ class Service:
         )
         self.is_cut_off: Callable[[], bool] = lambda: False
         """Whether somebody has asked twice for the end; the server knows."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when state or models are others; the server may want to know."""
         self.grpc = self._grpc_front() if settings.grpc_port else None
+        self.grpc_is_open = self.grpc is None
 
     def why_not_ready(self) -> str:
         """Return why the service should get no traffic, or an empty string."""
         if self.draining:
             return "Draining: the service is about to stop."
+        return self._missing_models() or ("" if self.grpc_is_open else "Starting: the gRPC port is not open yet.")
+
+    def _missing_models(self) -> str:
         return self.repository.why_not_ready(self.settings.require_all_models)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether models that are not there may yet come."""
+        return not self.repository.started or (self.repository.is_coming and bool(self._missing_models()))
 
     def state(self) -> WriterState:
         """Return where this process is between its start and its end."""
@@ -181,7 +193,7 @@ class Service:
             return WriterState.DRAINING
         if not self.why_not_ready():
             return WriterState.READY
-        return WriterState.LOADING if self.repository.is_coming else WriterState.FAILED
+        return WriterState.LOADING if self.repository.is_coming or not self.grpc_is_open else WriterState.FAILED
 
     def show(self) -> None:
         """Show in the page that the event loop turns, and in which state models and process are."""
@@ -196,6 +208,7 @@ class Service:
         if shown != self._shown:
             self.page.tell(*shown)
             self._shown = shown
+            self.on_change()
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -213,7 +226,7 @@ class Service:
         self.operations.close()
         if self.grpc is not None:
             while not self.grpc.is_over and not self.is_cut_off():
-                await asyncio.sleep(DRAIN_STEP_S)
+                await asyncio.sleep(STEP_S)
             if not self.grpc.is_over:
                 await self.grpc.cut_off()
                 return
@@ -235,7 +248,9 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(GARBAGE_THRESHOLD, 10, 50)
-        reason = self.why_not_ready()
+        while not (self.grpc_is_open or self.draining or self.fault):  # it opens within a tick of the loop
+            time.sleep(STEP_S)
+        reason = self._missing_models()
         if reason:
             log.error("not ready", extra={"reason": reason})
         else:
@@ -446,6 +461,7 @@ class Server(uvicorn.Server):
         try:
             if self.service.grpc is not None:
                 await self.service.grpc.start()
+                self.service.grpc_is_open = True
         except SettingsError as fault:
             self.service.fault = fault
 
@@ -489,6 +505,7 @@ class SharingServer(Server):
         super().__init__(service)
         self._listener = listener
         self._lifeline = lifeline
+        service.on_change = self._keep_or_close
         connections: Any = Connections(service.page)
         self.server_state.connections = connections
 
@@ -498,14 +515,14 @@ class SharingServer(Server):
         self._accept_from(self._listener).start()
         asyncio.get_running_loop().add_reader(self._lifeline, self._supervisor_is_gone)
 
-    async def on_tick(self, counter: int) -> bool:
-        """Tell whether to stop; while loading, keep no connection: the next request may find a worker that is ready."""
-        stop = await super().on_tick(counter)
+    def _keep_or_close(self) -> None:
+        """While loading, keep no connection: the next request may find a worker that is ready."""
+        if self.should_exit:  # the drain says by itself which connections close
+            return
         headers = [header for header in self.server_state.default_headers if header != _CLOSE]
         if self.service.page.state is WriterState.LOADING:
             headers.append(_CLOSE)
         self.server_state.default_headers = headers
-        return stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on SIGTERM, however often it comes: a service manager signals every process. SIGINT then cuts off."""
@@ -524,7 +541,7 @@ class SharingServer(Server):
 
     def _grpc_may_start(self) -> bool:
         # Whoever is still loading would answer UNAVAILABLE where a neighbour can answer.
-        return self.service.page.state is not WriterState.LOADING
+        return not self.service.is_loading
 
     def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
         super()._stop_accepting([self._listener])
