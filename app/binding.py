@@ -6,8 +6,8 @@ Works on any provider. Knows ONNX Runtime's sessions; nothing of models, batcher
 
 ONNX Runtime's own binding is used where launches are recorded, and only there: it copies an input to the device when
 that is bound, not when the graph runs, so that a buffer which is bound once is read once (seen with a provider whose
-device was no processor; the processor's provider hides it). Rows that a run is given as an array it copies itself, on
-the device's stream and without Python's lock.
+device was no processor; the processor's provider hides it). Rows that a run is given as an array it copies itself. That
+it does so on CUDA's stream and without Python's lock is read, and not measured.
 """
 
 import time

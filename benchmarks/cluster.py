@@ -39,7 +39,7 @@ from app.accept import listen
 from app.batcher import Batcher, Job
 from app.cluster import engine
 from app.cluster.front import Links
-from app.cluster.remote import RemoteBatcher
+from app.cluster.remote_batcher import RemoteBatcher
 from app.cluster.wire import Mailbox, introduce
 from app.cpus import machine
 from app.loading import LoadedModel, manifest_of

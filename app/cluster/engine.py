@@ -26,6 +26,7 @@ from app.cluster.slab import SMALLEST_ROOM, Slab, create_slab, packed_bytes
 from app.cluster.wire import (
     NUMBER,
     PACKET_BYTES,
+    REASON_LENGTH,
     REPLY,
     REQUEST,
     SHARE,
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 SHOWN_GONE = 5
 """Models that are closed, and whose numbers are still shown: Prometheus should see their last ones."""
-REASON_LENGTH, REASON_BYTES = 4000, SMALLEST_ROOM - 256
+REASON_BYTES = SMALLEST_ROOM - 256
 
 
 class _Opened:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from app.cluster.link import Link
-from app.cluster.remote import SAME_EVERYWHERE, RemoteBatcher
+from app.cluster.remote_batcher import SAME_EVERYWHERE, RemoteBatcher
+from app.cluster.wire import REASON_LENGTH
 from app.drift import Sampler
 from app.errors import BundleError, SettingsError
 from app.loading import LoadedModel, manifest_of
@@ -25,8 +26,6 @@ from app.pages import Page
 from app.progress import Progress
 
 log = logging.getLogger(__name__)
-
-REASON_LENGTH = 4000
 
 
 class Links:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 PACKET_BYTES = 64 << 10
 """Of one packet at most: a quarter of what a socket holds by default."""
+REASON_LENGTH = 4000
+"""Characters of a fault that is told."""
 READ_AT_ONCE = 32
 """Packets that are read before others have their turn."""
 

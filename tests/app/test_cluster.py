@@ -527,7 +527,7 @@ async def lose_engine(here: EngineHere) -> None:
 
 
 def test_an_engine_that_could_not_open_a_model_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.cluster.remote.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("app.cluster.remote_batcher.FIRST_PAUSE_S", 0.05)
 
     async def scenario():
         first = EngineHere(tmp_path, batcher_of(EchoSession()))
@@ -567,7 +567,7 @@ def test_engines_that_do_not_agree_at_first_are_a_fault(tmp_path):
 
 
 def test_an_engine_that_failed_before_another_had_opened_the_model_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.cluster.remote.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("app.cluster.remote_batcher.FIRST_PAUSE_S", 0.05)
     gate = threading.Event()
 
     class Slow(EngineHere):
@@ -593,7 +593,7 @@ def test_an_engine_that_failed_before_another_had_opened_the_model_is_asked_agai
 
 
 def test_an_engine_that_found_something_else_runs_nothing_until_it_finds_the_same(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("app.cluster.remote.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("app.cluster.remote_batcher.FIRST_PAUSE_S", 0.05)
 
     async def scenario():
         first = EngineHere(tmp_path, batcher_of(EchoSession()))
