@@ -94,5 +94,24 @@ def test_a_training_goes_on_after_one_of_its_processes_was_killed(tree: Path, tm
     assert lost.history[-1].train_loss == pytest.approx(whole.history[-1].train_loss, abs=1e-4)
 
 
+@pytest.mark.parametrize(("environment", "shut_down"), [({}, True), ({"TORCHELASTIC_RUN_ID": "1"}, False)])
+def test_a_process_of_several_ends_without_shutting_python_down(environment: dict[str, str], shut_down: bool):
+    # gloo's threads may still hold tensors then, and would abort it: what is set last in a module is freed in shutdown.
+    code = (
+        "import atexit, os, sys\n"
+        "from training.cli import command\n"
+        "class Held:\n    def __del__(self, write=os.write): write(1, b'shut down')\n"
+        "held = Held()\n"
+        "atexit.register(print, 'last words')\n"
+        "print('unflushed', end=' ')\n"
+        "command()\n"
+    )
+    wrong = [sys.executable, "-c", code, "train"]
+    ended = subprocess.run(wrong, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "--data" in ended.stderr
+    assert ended.stdout == "unflushed last words\n" + ("shut down" if shut_down else "")
+
+
 def children(parent: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
