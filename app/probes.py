@@ -18,6 +18,7 @@ from app.metrics import CONTENT_TYPE, CONTENT_TYPE_OPENMETRICS, OPENMETRICS, Met
 from app.pages import LONG_AGO, SILENT_S, Page, WriterState
 
 _JSON = "application/json"
+_MAX_HEAD_BYTES = 16_384
 
 
 class Probes:
@@ -139,7 +140,8 @@ class ProbePort:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 probes,
-                http="httptools",
+                http="h11",  # httptools would keep the head of a request however long it is
+                h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
                 ws="none",
                 lifespan="off",
                 access_log=False,

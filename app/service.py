@@ -4,33 +4,27 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-import uvicorn
 from fastapi import FastAPI
 
-from app import logs, runtime
-from app.accept import BACKLOG, Acceptor, Connections, listen, listen_for_probes, reserve_for_grpc, url_of
+from app import runtime
 from app.admission import Admission, Limits
 from app.board import Board
-from app.cluster import engine as cluster
 from app.cluster.front import Links
 from app.cluster.wire import Mailbox
 from app.cpus import share_of_cpus
 from app.cuda import Cuda
 from app.engine import LocalEngine
-from app.errors import ConvoyError, DeviceLostError, SettingsError
+from app.errors import DeviceLostError, SettingsError
 from app.http.application import create_app
 from app.http.bodies import BodyLimits
-from app.http.connection import Connection
 from app.images import forbid_pillow_guesses
 from app.journal import Journal
 from app.keys import Keyring
@@ -38,12 +32,12 @@ from app.loading import LoadedModel, Loader
 from app.metrics import Metrics
 from app.operations import Operations
 from app.pages import LONG_AGO, WriterState
-from app.probes import ProbePort, Probes
+from app.probes import Probes
 from app.repository import Repository
 from app.sessions import place
 from app.settings import Settings
 from app.tensorrt import Engines
-from app.tls import certificate_of, options
+from app.tls import certificate_of
 from app.tracing import Tracer, asked_by, is_switched_off
 from app.versions import Selection, Shelf, default_of, find_models
 from app.vitals import Vitals
@@ -57,14 +51,7 @@ GARBAGE_THRESHOLD = 20_000
 """Allocations between two collections of the youngest garbage; Python's 700 are one request of a few images."""
 PATIENCE_S = 5.0
 """Beyond a request's deadline, how long it may still hold a version that has been replaced."""
-TICKS_A_SECOND = 10
 STEP_S = 0.02
-LAST_REQUEST_S = 0.5
-"""How long an idle connection may still bring a request when the process drains.
-
-Closed at once, it would cross with a request that its client is just sending, and nobody would answer that one.
-"""
-_CLOSE = (b"connection", b"close")
 
 
 class Service:
@@ -327,298 +314,3 @@ def _tracer_of(settings: Settings, worker: int) -> Tracer | None:
         return None
     sink = create_sink(settings.trace_endpoint, "https" if settings.tls_certificate else "http", worker)
     return Tracer(sink, settings.trace_ratio)
-
-
-class Server(uvicorn.Server):
-    """uvicorn, except that a signal drains the service and ends the process with status 0, and a fault ends it too."""
-
-    def __init__(self, service: Service, probe_port: socket.socket | None = None) -> None:
-        settings = service.settings
-        certificate = service.certificate
-        super().__init__(
-            uvicorn.Config(
-                service.app,
-                http=Connection,
-                ws="none",
-                proxy_headers=False,
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                timeout_keep_alive=settings.keep_alive_s,
-                timeout_graceful_shutdown=settings.drain_timeout_s,
-                backlog=BACKLOG,
-                ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
-            )
-        )
-        self.service = service
-        self._acceptors: list[Acceptor] = []
-        self._probe_port = ProbePort(service.probes, probe_port)
-        self._grpc_started = service.grpc is None
-        self._is_to_look_again = False
-        service.is_cut_off = lambda: self.force_exit
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the service, and accept connections."""
-        if hasattr(signal, "SIGHUP"):
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, self.hang_up)
-            loop.add_signal_handler(signal.SIGUSR1, logs.change_level, 1)
-            loop.add_signal_handler(signal.SIGUSR2, logs.change_level, -1)
-            if self._is_to_look_again:
-                self.hang_up()
-        self.service.show()
-        await self._probe_port.__aenter__()
-        await super().startup(sockets=[])
-        # uvicorn would give a TLS handshake a minute, and half a minute to the end of a connection.
-        loop, tls = asyncio.get_running_loop(), options(self.config.ssl)
-        for listener in sockets or []:
-            self.servers.append(await loop.create_server(self._new_connection, sock=listener, backlog=BACKLOG, **tls))
-            self._accept_from(listener)
-
-    def _accept_from(self, listener: socket.socket) -> Acceptor:
-        page, pages = self.service.page, self.service.metrics.pages
-        acceptor = Acceptor(listener, self._new_connection, page, pages, self.config.ssl)
-        self._acceptors.append(acceptor)
-        return acceptor
-
-    def _new_connection(self) -> asyncio.Protocol:
-        protocol: Any = self.config.http_protocol_class
-        connection: asyncio.Protocol = protocol(
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-            _loop=asyncio.get_running_loop(),
-        )
-        return connection
-
-    async def on_tick(self, counter: int) -> bool:
-        """Tell, ten times a second, whether to stop."""
-        self.service.show()
-        self.service.operations.look()
-        if not self._grpc_started and self._grpc_may_start():
-            self._grpc_started = True
-            await self._start_grpc()
-        if counter % TICKS_A_SECOND == 0:
-            self.service.keyring.refresh()
-            if self.service.certificate is not None:
-                self.service.certificate.refresh()
-            now = asyncio.get_running_loop().time()
-            for connection in list(self.server_state.connections):
-                cast(Connection, connection).close_if_idle(now)
-        return await super().on_tick(counter) or self.service.fault is not None
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept nothing more, answer what was accepted, and stop the service."""
-        showing = asyncio.create_task(self._keep_showing())
-        if (grpc := self.service.grpc) is not None:
-            grpc.drain(self.service.settings.drain_timeout_s)
-        self._stop_accepting(sockets or [])
-        await self._last_requests()
-        await super().shutdown(sockets)
-        if self.force_exit:
-            # The lifespan is cut off as well, which uvicorn would tell at length.
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-            if grpc is not None:
-                await grpc.cut_off()
-        await self._probe_port.__aexit__()
-        showing.cancel()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal; a second one cuts off what still runs."""
-        # uvicorn would keep the signal and raise it again at the end, which kills the process it has just drained.
-        if self.should_exit:
-            self.force_exit = True
-        self.service.draining = True
-        self.should_exit = True
-
-    def heed_signals_early(self) -> None:
-        """Let signals that ask for something only ask for it, until a loop heeds them: else they end the process."""
-        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGHUP, self._hang_up_later)
-            signal.signal(signal.SIGUSR1, lambda *_: logs.change_level(1))
-            signal.signal(signal.SIGUSR2, lambda *_: logs.change_level(-1))
-
-    def _hang_up_later(self, sig: int, frame: FrameType | None) -> None:
-        self._is_to_look_again = True
-
-    def hang_up(self) -> None:
-        """Look at the models directory again."""
-        self._rescan = asyncio.get_running_loop().create_task(self._look_again())
-
-    async def _look_again(self) -> None:
-        log.info("reloading")
-        try:
-            await self.service.operations.rescan()
-        except ConvoyError as fault:
-            log.error("not all is reloaded", extra={"reason": fault.message})
-        else:
-            log.info("reloaded")
-
-    def _grpc_may_start(self) -> bool:
-        return True
-
-    async def _start_grpc(self) -> None:
-        try:
-            if self.service.grpc is not None:
-                await self.service.grpc.start()
-                self.service.grpc_is_open = True
-        except SettingsError as fault:
-            self.service.fault = fault
-
-    def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
-        for acceptor in self._acceptors:
-            acceptor.close()
-        for server in self.servers:
-            server.close()
-        for listener in sockets:
-            listener.close()
-
-    async def _keep_showing(self) -> None:
-        """Go on showing that the event loop turns: the ticks have ended, and a drain may take long."""
-        while True:
-            self.service.show()
-            await asyncio.sleep(0.1)
-
-    async def _last_requests(self) -> None:
-        """Answer one more request on each connection, and close it with the answer."""
-        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
-        loop = asyncio.get_running_loop()
-        until = loop.time() + LAST_REQUEST_S
-        while self._open_connections() and loop.time() < until and not self.force_exit:
-            await asyncio.sleep(0.01)
-
-    def _open_connections(self) -> int:
-        return len(self.server_state.connections) + sum(acceptor.greeting for acceptor in self._acceptors)
-
-
-class SharingServer(Server):
-    """The server of one worker among several, on a listening socket that they share."""
-
-    def __init__(self, service: Service, listener: socket.socket, lifeline: int) -> None:
-        """Serve one worker's part.
-
-        Args:
-            service: this worker's own.
-            listener: the socket that all accept from.
-            lifeline: a pipe's end that is closed when the supervisor is gone.
-        """
-        super().__init__(service)
-        self._listener = listener
-        self._lifeline = lifeline
-        service.on_change = self._keep_or_close
-        connections: Any = Connections(service.page)
-        self.server_state.connections = connections
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the service, and accept connections in turn with the other workers."""
-        await super().startup(sockets=[])
-        self._accept_from(self._listener).start()
-        asyncio.get_running_loop().add_reader(self._lifeline, self._supervisor_is_gone)
-
-    def _keep_or_close(self) -> None:
-        """While loading, keep no connection: the next request may find a worker that is ready."""
-        if self.should_exit:  # the drain says by itself which connections close
-            return
-        headers = [header for header in self.server_state.default_headers if header != _CLOSE]
-        if self.service.page.state is WriterState.LOADING:
-            headers.append(_CLOSE)
-        self.server_state.default_headers = headers
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on SIGTERM, however often it comes: a service manager signals every process. SIGINT then cuts off."""
-        if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
-        self.service.draining = True
-        self.should_exit = True
-
-    def hang_up(self) -> None:
-        """Leave SIGHUP to the supervisor."""
-
-    def _supervisor_is_gone(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._lifeline)
-        log.error("the supervisor is gone: draining")
-        self.handle_exit(signal.SIGTERM, None)
-
-    def _grpc_may_start(self) -> bool:
-        # Whoever is still loading would answer UNAVAILABLE where a neighbour can answer.
-        return not self.service.is_loading
-
-    def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
-        super()._stop_accepting([self._listener])
-
-
-def serve(settings: Settings) -> None:
-    """Serve in this process until a signal; blocks. Returns after what was accepted has been answered.
-
-    Raises:
-        SettingsError: no models, no port, or no such device.
-        RuntimeMissingError: there is no usable ONNX Runtime.
-    """
-    service = Service(settings)
-    with (
-        listen(settings.host, settings.port) as listener,
-        listen_for_probes(settings) or nullcontext() as probes,
-        reserve_for_grpc(settings),
-    ):
-        server = Server(service, probes)
-        with server.capture_signals():  # from before anybody is told that there is somebody to stop
-            server.heed_signals_early()
-            log.info("listening", extra={"url": url_of(listener, secure=service.certificate is not None)})
-            server.run(sockets=[listener])
-    if service.fault is not None:
-        raise service.fault
-
-
-def share(
-    settings: Settings,
-    listener: socket.socket,
-    metrics: Metrics,
-    board: Board,
-    lifeline: int,
-    mailbox: socket.socket,
-) -> None:
-    """Serve as one of several workers until a signal, or until the supervisor is gone; blocks.
-
-    Args:
-        settings: the worker's own: its share of the service's.
-        listener: the listening socket, which all workers have.
-        metrics: the worker's, over the pages of all.
-        board: where all read what operators ask for.
-        lifeline: a pipe's end that is closed when the supervisor is gone.
-        mailbox: through which it meets engines, if there are any.
-
-    Raises:
-        SettingsError: no models, or no such device.
-        RuntimeMissingError: there is no usable ONNX Runtime.
-    """
-    service = Service(settings, metrics, board, mailbox)
-    SharingServer(service, listener, lifeline).run(sockets=[])
-    if service.fault is not None:
-        raise service.fault
-
-
-def run_models(settings: Settings, metrics: Metrics, lifeline: int, mailbox: socket.socket) -> None:
-    """Run models for the workers until SIGTERM, or until the supervisor is gone; blocks.
-
-    Args:
-        settings: the service's.
-        metrics: this engine's.
-        lifeline: a pipe's end that is closed when the supervisor is gone.
-        mailbox: through which it meets workers.
-
-    Raises:
-        RuntimeMissingError: there is no usable ONNX Runtime.
-    """
-    runtime.check_wheels(runtime.installed_wheels())
-    loader = loader_of(settings, metrics, share_of_cpus(settings.engines))
-    asyncio.run(
-        cluster.serve(
-            metrics,
-            loader.load,
-            mailbox,
-            lifeline,
-            device=settings.device,
-            threads_per_session=settings.threads_per_session,
-            progress=loader.progress,
-        )
-    )

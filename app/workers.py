@@ -69,9 +69,9 @@ def serve(settings: Settings) -> None:
         log.warning("whoever reaches this address may ask: no keys are set", extra={"host": settings.host})
     count = settings.workers or usable_cpus()
     if count == 1 and not settings.engines:
-        from app import service
+        from app import processes
 
-        service.serve(settings)
+        processes.serve(settings)
         return
     if not hasattr(os, "memfd_create"):
         raise SettingsError("More than one process needs Linux: set --workers 1 or CONVOY_WORKERS=1, and no engines.")
@@ -509,9 +509,11 @@ def work(number: int, listener: int, memory: int, mailbox: int) -> None:
     board = Board(open_common(memory), memory)
 
     def serve_alone() -> None:
-        from app import service
+        from app import processes
 
-        service.share(settings, socket.socket(fileno=listener), metrics, board, lifeline, socket.socket(fileno=mailbox))
+        processes.share(
+            settings, socket.socket(fileno=listener), metrics, board, lifeline, socket.socket(fileno=mailbox)
+        )
 
     _be(serve_alone, metrics.page)
 
@@ -526,9 +528,9 @@ def run_engine(number: int, memory: int, mailbox: int) -> None:
     """
 
     def run(settings: Settings, metrics: Metrics, lifeline: int, mailbox: socket.socket) -> None:
-        from app import service
+        from app import processes
 
-        service.run_models(settings, metrics, lifeline, mailbox)
+        processes.run_models(settings, metrics, lifeline, mailbox)
 
     be_engine(run, number, memory, mailbox)
 

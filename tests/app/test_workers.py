@@ -98,6 +98,13 @@ def test_the_probe_port_has_the_three_routes_and_no_others(pair):
     assert httpx.post(f"{url}/livez").status_code == 405
 
 
+def test_the_probe_port_keeps_no_head_that_does_not_end(pair):
+    host, port = probe_url(pair).removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\nX-Long: " + b"x" * 17_000)
+        assert connection.recv(64).startswith(b"HTTP/1.1 400")
+
+
 def test_connections_wait_while_there_are_no_descriptors(pair):
     pids = worker_pids(pair).values()
     limits = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids}
