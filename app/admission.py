@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from app.batcher import DEFAULT_URGENCY
 from app.deadlines import Deadlines
 from app.errors import QueueFullError
 from app.metrics import Metrics, ModelMetrics
+from app.runs import DEFAULT_URGENCY
 
 Clock = Callable[[], float]
 

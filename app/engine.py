@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.admission import Admission
-from app.batcher import DEFAULT_URGENCY, Job, Room
 from app.cpus import step_back
 from app.errors import ConvoyError, TooLargeError
 from app.images import count_pixels, decode, decode_into
 from app.loading import LoadedModel
 from app.manifest import PixelRecipe
 from app.repository import Repository
+from app.runs import DEFAULT_URGENCY, Job, Room
 from app.tensors import Array
 from app.tickets import Ticket
 

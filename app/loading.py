@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from app.batchable import fit_of, sample, why_rows_run_alone
-from app.batcher import Batcher, Runs
+from app.batcher import Batcher
 from app.cuda import Cuda, batch_sizes
 from app.drift import Sampler
 from app.errors import BadRequestError, BundleError
@@ -35,6 +35,7 @@ from app.manifest import (
 from app.metrics import Metrics, ModelMetrics
 from app.plugins import Plugin
 from app.progress import Progress
+from app.runs import Runs
 from app.sessions import ClassifierSession, Device, OnnxSession, Session
 from app.tensorrt import Engines
 from app.tensors import VARIABLE, Array, TensorSpec

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from app.batcher import Runs
 from app.board import NO_WISH, Standing, Wish
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
 from app.loading import Load, LoadedModel
 from app.metrics import Metrics
+from app.runs import Runs
 from app.versions import THE_LATEST, Folder, Selection, Shelf, Stamp, stamp_of
 
 log = logging.getLogger(__name__)

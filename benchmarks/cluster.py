@@ -36,7 +36,7 @@ from rich.console import Console
 
 from app import workers
 from app.accept import listen
-from app.batcher import Batcher, Job
+from app.batcher import Batcher
 from app.cluster import engine
 from app.cluster.front import Links
 from app.cluster.remote_batcher import RemoteBatcher
@@ -46,6 +46,7 @@ from app.loading import LoadedModel, manifest_of
 from app.manifest import Manifest
 from app.metrics import Metrics
 from app.pages import create_shared, open_common, open_engines, open_shared
+from app.runs import Job
 from app.sessions import PlainSession
 from app.settings import Settings
 from app.tensors import Array, TensorSpec

@@ -35,6 +35,8 @@ FLOORS = {
     "app.board": 1,
     "app.loading": 5,
     "app.batcher": 4,
+    "app.line": 3,
+    "app.runs": 2,
     "app.batchable": 4,
     "app.sessions": 3,
     "app.accept": 3,

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from app import logs
-from app.batcher import Job, Runs
 from app.cluster.slab import SMALLEST_ROOM, Slab, create_slab, packed_bytes
 from app.cluster.wire import (
     NUMBER,
@@ -47,6 +46,7 @@ from app.loading import Load, LoadedModel
 from app.metrics import Metrics
 from app.pages import LONG_AGO, WriterState
 from app.progress import Progress
+from app.runs import Job, Runs
 from app.tensors import Array
 from app.versions import Stamp, stamp_of
 from app.vitals import Vitals

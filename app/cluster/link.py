@@ -17,7 +17,6 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.batcher import Job, RunMarks
 from app.cluster.slab import Slab, SlabFullError, create_slab
 from app.cluster.wire import (
     NUMBER,
@@ -38,6 +37,7 @@ from app.cluster.wire import (
 from app.errors import InferenceError, QueueFullError, UnavailableError
 from app.metrics import ModelMetrics
 from app.pages import SILENT_S, Page
+from app.runs import Job, RunMarks
 from app.tensors import Array
 
 log = logging.getLogger(__name__)

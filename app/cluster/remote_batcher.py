@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from app.batcher import CLOSE_TIMEOUT_S, DEFAULT_URGENCY, Answer, Job, JobMarks, Room
 from app.cluster.link import PIXELS, Link, SlabRoom
 from app.cluster.slab import packed_bytes, packed_bytes_of
 from app.errors import UnavailableError
 from app.metrics import ModelMetrics
+from app.runs import CLOSE_TIMEOUT_S, DEFAULT_URGENCY, Answer, Job, JobMarks, Room
 from app.tensors import VARIABLE, Array, TensorSpec
 
 log = logging.getLogger(__name__)

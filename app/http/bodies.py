@@ -17,7 +17,6 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive
 
-from app.batcher import DEFAULT_URGENCY
 from app.errors import (
     AbandonedError,
     BadRequestError,
@@ -27,6 +26,7 @@ from app.errors import (
     UnsupportedMediaTypeError,
 )
 from app.http.schemas import ImagesBody
+from app.runs import DEFAULT_URGENCY
 from app.tickets import Ticket
 
 if TYPE_CHECKING:  # exists for type checkers only

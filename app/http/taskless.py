@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol, cast
 
-from app.batcher import DEFAULT_URGENCY
 from app.engine import GiveUp, Prediction, Tell
 from app.errors import AbandonedError, ConvoyError, UnavailableError
 from app.http.connection import WholeRequest
@@ -19,6 +18,7 @@ from app.http.errors import answer_to
 from app.http.observe import CUT_OFF, Record
 from app.journal import BROKEN, Trace
 from app.loading import LoadedModel
+from app.runs import DEFAULT_URGENCY
 from app.tickets import Ticket
 
 log = logging.getLogger(__name__)

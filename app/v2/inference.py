@@ -13,10 +13,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.batcher import DEFAULT_URGENCY, LAST_URGENCY
 from app.engine import Engine, GiveUp, Prediction, Stages, Tell
 from app.errors import BadRequestError, TooLargeError
 from app.loading import LoadedModel
+from app.runs import DEFAULT_URGENCY, LAST_URGENCY
 from app.scores import best
 from app.tensors import DATATYPES, Array, TensorSpec
 from app.tickets import Ticket

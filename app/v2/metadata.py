@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from app import __version__
-from app.batcher import DEFAULT_URGENCY
 from app.errors import BadRequestError
 from app.families import BATCH_SIZES
 from app.loading import LoadedModel
 from app.metrics import Metrics
 from app.repository import Repository, State
+from app.runs import DEFAULT_URGENCY
 from app.tensors import TensorSpec
 from app.v2.inference import LEVELS, takes_images, urgency_of
 

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.batcher import Batcher, Job, Line, Runs
+from app.batcher import Batcher
 from app.errors import DeviceLostError, InferenceError, UnavailableError
+from app.line import Line
 from app.metrics import Metrics
 from app.probes import has_lost_its_device, is_stuck
+from app.runs import Job, Runs
 from app.sessions import PlainSession
 from tests.app.engines import EngineHere, no_socket_is_left  # noqa: F401
 

@@ -7,9 +7,11 @@ import numpy as np
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from app.batcher import Batch, Batcher, Job, _run
+from app.batcher import Batcher, _run
 from app.errors import InferenceError
+from app.line import Batch
 from app.metrics import Metrics
+from app.runs import Job
 from app.sessions import PlainSession
 
 MAX_BATCH = 5

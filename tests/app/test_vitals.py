@@ -5,10 +5,11 @@ import time
 
 import pytest
 
-from app.batcher import Job, Line
 from app.cpus import Throttling, throttling
+from app.line import Line
 from app.metrics import Metrics
 from app.pages import SILENT_S, WriterState, create_shared, open_common, open_shared
+from app.runs import Job
 
 
 @pytest.fixture
