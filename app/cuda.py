@@ -37,7 +37,7 @@ class Cuda:
             is ready, by a rule, or always the same.
         nhwc: let convolutions run on channels-last tensors.
         tf32: let float32 products be rounded to 10 bits of mantissa, as tensor cores want them. Probabilities then
-            differ by 0.0005 to 0.03 (emulated on the bundles of models/), more than most golden sets tolerate.
+            differ by 0.0005 to 0.045 (`python -m benchmarks.tf32`, emulated), more than golden sets tolerate.
         graphs: record the launches of each batch size once, and replay them.
         memory_bytes: the arena of each session, at most; 0: all there is.
     """

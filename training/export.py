@@ -33,8 +33,8 @@ LARGEST_DIFFERENCE = 1e-4
 """Of any probability between PyTorch and ONNX Runtime. Measured on real images: 6e-7 and 1.1e-6 for the two models."""
 GOLDEN_TOLERANCE = 1e-4
 """Measured on the two models: other thread counts, batch sizes and optimisation levels differ by 5e-7 or less; weights
-rounded as TF32 does, by 3e-4 and more; one level in one pixel of a thousand, by 4e-4 and more; the mildest wrong
-recipe, by 1.4e-2."""
+rounded as TF32 does, by 3e-4 and more (`python -m benchmarks.tf32`); one level in one pixel of a thousand, by 4e-4 and
+more; the mildest wrong recipe, by 1.4e-2."""
 COMPARED = 500
 BATCHES = (1, 7, 64)
 
