@@ -104,6 +104,8 @@ class Journal:
         self._metrics.requests.labels(trace.model, trace.version, route, trace.status).inc()
         labels = trace.model, route, trace.version, trace.status
         self._metrics.request_duration.labels(*labels).observe(seconds)
+        # Counted when it happens: a bucket that ends at the promise would be another one when the promise is.
+        self._metrics.slow.labels(trace.model, route).inc(seconds > self._metrics.slo_s)
         if trace.code and trace.status not in _FAILED_INSIDE:
             self._metrics.rejected.labels(trace.model, trace.code).inc()
         if trace.marks is not None and not quiet:

@@ -196,7 +196,7 @@ class Settings(BaseModel):
         default=250.0,
         ge=0.1,
         le=86_400_000,
-        description="An answer within this time is a good one, for metrics and alerts: a bucket ends there exactly.",
+        description="An answer within this time is a good one, for metrics and alerts; the others are counted as slow.",
     )
     keep_alive_s: int = Field(
         default=75,

@@ -90,11 +90,9 @@ def bad_share(span: str) -> str:
 
 def slow_share(span: str) -> str:
     """Return the share of predictions that took longer than `CONVOY_SLO_MS`."""
-    series = f"convoy_request_duration_seconds_bucket{{{INSTANCE}, {PREDICTIONS}}}"
-    bound = f'label_replace(last_over_time(convoy_slo_seconds{{{INSTANCE}}}[{span}]), "le", "$1", "bound", "(.*)")'
     asked = f"sum(increase(convoy_request_duration_seconds_count{{{INSTANCE}, {PREDICTIONS}}}[{span}]))"
-    fast = f"sum(increase({series}[{span}]) and on (namespace, job, instance, le) {bound})"
-    return f"1 - {fast} / ({asked} > 0)"
+    slow = f"sum(increase(convoy_slow_requests_total{{{INSTANCE}, {PREDICTIONS}}}[{span}]))"
+    return f"{slow} / ({asked} > 0)"
 
 
 def budget_left(share: str, kind: str) -> str:

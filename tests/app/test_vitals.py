@@ -6,6 +6,7 @@ import time
 import pytest
 
 from app.cpus import Throttling, throttling
+from app.journal import Journal, Trace
 from app.line import Line
 from app.metrics import Metrics
 from app.pages import SILENT_S, WriterState, create_shared, open_common, open_shared
@@ -84,16 +85,26 @@ def test_processes_by_state_and_whether_any_is_ready(pages):
     assert samples(metrics)["convoy_ready"] == 0
 
 
-@pytest.mark.parametrize("slo_s", [0.25, 0.2, 0.0333])
-def test_a_bucket_ends_exactly_at_the_promise(slo_s):
-    metrics = Metrics(slo_s=slo_s)
-    metrics.promise(slo_s)
-    metrics.for_model("m", "1").infer.observe(slo_s)
-    metrics.for_model("m", "1").infer.observe(slo_s * 1.0001)
-    shown = samples(metrics)
-    [bound] = [key.split('"')[1] for key, value in shown.items() if key.startswith("convoy_slo_seconds")]
-    assert shown[f'convoy_stage_duration_seconds_bucket{{le="{bound}",model="m",stage="infer"}}'] == 1
-    assert shown[f'convoy_slo_seconds{{bound="{bound}"}}'] == slo_s
+def test_an_answer_is_slow_by_the_promise_of_its_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    metrics = Metrics()
+    journal = Journal(metrics, access_log=False)
+
+    def answered_within(seconds: float) -> float:
+        trace = Trace("id", now[0], "/predict", "m", "1", status=200)
+        now[0] += seconds
+        journal.record(trace, "POST", "/predict")
+        return samples(metrics)['convoy_slow_requests_total{model="m",route="/predict"}']
+
+    assert answered_within(0.25) == 0, "the series is there from the first request, or its first increase would be lost"
+    assert answered_within(0.2501) == 1
+    metrics.promise(0.0333)  # in no bucket of the histogram
+    assert samples(metrics)["convoy_slo_seconds"] == 0.0333
+    assert answered_within(0.033) == 1
+    assert answered_within(0.04) == 2
+    metrics.promise(10)
+    assert answered_within(5) == 2
 
 
 def test_the_oldest_job_is_the_first_of_any_urgency():
@@ -136,7 +147,7 @@ def test_a_running_service_shows_how_it_is(server):
         "convoy_ready": 1,
         'convoy_workers{state="ready"}': 1,
         'convoy_last_reload_success{model="colours"}': 1,
-        'convoy_slo_seconds{bound="0.25"}': 0.25,
+        "convoy_slo_seconds": 0.25,
         'convoy_wanted_device_info{device="cpu"}': 1,
         'convoy_queue_age_seconds{model="colours"}': 0,
     }.items():

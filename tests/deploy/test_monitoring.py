@@ -71,8 +71,6 @@ def unknown_words(query: str, series: dict[str, set[str]]) -> set[str]:
     without_texts = re.sub(r'"[^"]*"', '""', query)
     names = set(NAME.findall(without_texts))
     known = SCRAPE_LABELS.union(*(series.get(name, ()) for name in names))
-    if "label_replace(" in query:
-        known = known | {"le"}
     matched = re.findall(r"(\w+)\s*[=!]", ",".join(WORDS_IN_BRACES.findall(without_texts)))
     grouped = re.findall(r"\w+", ",".join(GROUPING.findall(query)))
     return (names - set(series)) | ({*matched, *grouped} - known)
