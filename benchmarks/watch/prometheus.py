@@ -18,7 +18,7 @@ import yaml
 RULES = Path(__file__).parents[2] / "deploy/prometheus/rules/convoy.yml"
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 START_S = 30.0
-_WINDOW = re.compile(r"\[(\d+)([smhd])\]")
+_WINDOW = re.compile(r"(\[|\boffset )(\d+)([smhd])\b")
 
 
 class Prometheus:
@@ -118,7 +118,7 @@ def shortened(document: dict[str, Any], lapse: float) -> dict[str, Any]:
     for group in document["groups"]:
         group.pop("interval", None)
         for rule in group["rules"]:
-            rule["expr"] = _WINDOW.sub(lambda found: f"[{_shorter(found[1], found[2], lapse)}]", rule["expr"])
+            rule["expr"] = _WINDOW.sub(lambda found: found[1] + _shorter(found[2], found[3], lapse), rule["expr"])
             if "for" in rule:
                 rule["for"] = _shorter(rule["for"][:-1], rule["for"][-1], lapse)
     return document

@@ -225,6 +225,19 @@ def test_while_models_load_the_probes_answer_and_predictions_are_told_to_wait(sl
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize(
+    "processes", [{"workers": 1}, {"workers": 2}, {"workers": 1, "engines": 1}], ids=["one", "two workers", "an engine"]
+)
+def test_while_models_load_every_worker_is_shown_as_loading(slow_models, tmp_path, processes):
+    """So alerts tell a start that goes on from one that has failed."""
+    with convoy(slow_models, tmp_path / "log", loaded=False, max_batch=32, sessions=4, **processes) as server:
+        deadline = time.monotonic() + 30
+        while (shown := server.metrics())['convoy_workers{state="loading"}'] < processes["workers"]:
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.02)
+        assert shown["convoy_ready"] == 0
+
+
 def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(slow_models, tmp_path):
     with convoy(slow_models, tmp_path / "log", sessions=1, max_inflight_images=8, max_batch=4) as server:
         with ThreadPoolExecutor(40) as pool, httpx.Client(base_url=server.url, timeout=30) as client:
