@@ -42,7 +42,7 @@ DEFAULT_SLO_S = 0.25
 # fmt: off
 LATENCY_BUCKETS_S = (
     0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
-    0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0,
+    0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0,
 )
 LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -67,6 +67,7 @@ class Metrics:
         common: Page | None = None,
         *,
         engines: Sequence[Page] = (),
+        slo_s: float = DEFAULT_SLO_S,
     ) -> None:
         """Declare every series.
 
@@ -75,15 +76,15 @@ class Metrics:
             pages: of the processes that serve, which `render` sums up; None: that page alone.
             common: the page in which the supervisor counts, if there is one.
             engines: pages of the processes that run models for those.
+            slo_s: within which an answer is a good one: a bucket of the histograms of time ends there.
         """
         self.page = page or private_page()
         self.pages = pages or [self.page]
         self.engines = engines
         self._counted = [*self.pages, *engines, *([common] if common else [])]
         self.families: dict[str, AnyFamily] = {}
-        self.slo_s = DEFAULT_SLO_S
-        """Within which an answer is a good one; see `promise`."""
-        self._declare_requests()
+        self.slo_s = slo_s
+        self._declare_requests(tuple(sorted({*LATENCY_BUCKETS_S, slo_s})))
         self._declare_models()
         self._declare_process()
         self._declare_gpus()
@@ -100,7 +101,7 @@ class Metrics:
         self.registry.register(_States(self.pages, engines))
         self.registry.register(_Throttling())
 
-    def _declare_requests(self) -> None:
+    def _declare_requests(self, seconds: Sequence[float]) -> None:
         page, add = self.page, self._add
         # fmt: off
         self.requests = add(Counter(
@@ -109,11 +110,11 @@ class Metrics:
         self.images = add(Counter(page, "convoy_images_total", "Images classified.", ("model", "version")))
         self.request_duration = add(Histogram(
             page, "convoy_request_duration_seconds", "From a request's headers to the end of its answer.",
-            ("model", "route", "version", "code"), buckets=LATENCY_BUCKETS_S, hidden=2,
+            ("model", "route", "version", "code"), buckets=seconds, hidden=2,
         ))
         self.stage_duration = add(Histogram(
             page, "convoy_stage_duration_seconds", "Time of a request in one stage: decode, queue, infer, post.",
-            ("model", "stage", "version"), buckets=LATENCY_BUCKETS_S, hidden=1,
+            ("model", "stage", "version"), buckets=seconds, hidden=1,
         ))
         self.slow = add(Counter(
             page, "convoy_slow_requests_total", "Requests answered later than convoy_slo_seconds.", ("model", "route")
@@ -274,10 +275,9 @@ class Metrics:
         ))
         # fmt: on
 
-    def promise(self, slo_s: float) -> None:
-        """Show the time within which an answer is a good one; what takes longer from now on counts as slow."""
-        self.slo_s = slo_s
-        self.slo.labels().set(slo_s)
+    def show_promise(self) -> None:
+        """Show the time within which an answer is a good one: a process that answers does, an engine does not."""
+        self.slo.labels().set(self.slo_s)
 
     def reloaded(self, model: str, ok: bool) -> None:
         """Count that a model's folder was looked at, and whether all is served now that should be.

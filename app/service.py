@@ -82,8 +82,8 @@ class Service:
         self.cpus = share_of_cpus(settings.workers)
         self.draining = self._device_lost = False
         self.fault: SettingsError | None = None
-        self.metrics = metrics or Metrics()
-        self.metrics.promise(settings.slo_ms / 1000)
+        self.metrics = metrics or Metrics(slo_s=settings.slo_ms / 1000)
+        self.metrics.show_promise()
         self.page = self.metrics.page
         self.probes = Probes(self.metrics, self.show, settings.stuck_s)
         self.keyring = Keyring(settings.keys)

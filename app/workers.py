@@ -257,7 +257,7 @@ class Supervisor:
         """All that run, engines among them."""
         # On the board's page, of which the board needs the note alone.
         common = open_common(self._memory)
-        self._metrics = Metrics(common, self._pages, common, engines=self._engine_pages)
+        self._metrics = Metrics(common, self._pages, common, engines=self._engine_pages, slo_s=settings.slo_ms / 1000)
         for cause in CAUSES:
             self._metrics.worker_exits.labels(cause).inc(0)
         self._probe_port = ProbePort(Probes(self._metrics), probes)
@@ -552,7 +552,7 @@ def _metrics_of(settings: Settings, memory: int, number: int) -> Metrics:
     """Return where a process counts."""
     pages, engines = open_shared(memory, settings.engines), open_engines(memory, settings.engines)
     page = [*pages, *engines][number - 1]
-    return Metrics(page, pages, open_common(memory), engines=engines)
+    return Metrics(page, pages, open_common(memory), engines=engines, slo_s=settings.slo_ms / 1000)
 
 
 def _be(what: Callable[[], None], page: Page) -> None:

@@ -85,26 +85,35 @@ def test_processes_by_state_and_whether_any_is_ready(pages):
     assert samples(metrics)["convoy_ready"] == 0
 
 
-def test_an_answer_is_slow_by_the_promise_of_its_time(monkeypatch):
-    now = [100.0]
+@pytest.mark.parametrize("slo_s", [0.25, 0.2, 0.0333])
+def test_a_bucket_ends_exactly_at_the_promise(slo_s):
+    metrics = Metrics(slo_s=slo_s)
+    metrics.for_model("m", "1").infer.observe(slo_s)
+    metrics.for_model("m", "1").infer.observe(slo_s * 1.0001)
+    assert samples(metrics)[f'convoy_stage_duration_seconds_bucket{{le="{slo_s}",model="m",stage="infer"}}'] == 1
+
+
+@pytest.mark.parametrize("slo_s", [0.25, 0.0333])
+def test_an_answer_that_comes_later_than_was_promised_is_slow(slo_s, monkeypatch):
+    now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    metrics = Metrics()
+    metrics = Metrics(slo_s=slo_s)
+    metrics.show_promise()
     journal = Journal(metrics, access_log=False)
 
     def answered_within(seconds: float) -> float:
+        now[0] = 0.0  # where seconds are exact
         trace = Trace("id", now[0], "/predict", "m", "1", status=200)
-        now[0] += seconds
+        now[0] = seconds
         journal.record(trace, "POST", "/predict")
         return samples(metrics)['convoy_slow_requests_total{model="m",route="/predict"}']
 
-    assert answered_within(0.25) == 0, "the series is there from the first request, or its first increase would be lost"
-    assert answered_within(0.2501) == 1
-    metrics.promise(0.0333)  # in no bucket of the histogram
-    assert samples(metrics)["convoy_slo_seconds"] == 0.0333
-    assert answered_within(0.033) == 1
-    assert answered_within(0.04) == 2
-    metrics.promise(10)
-    assert answered_within(5) == 2
+    assert answered_within(slo_s) == 0, (
+        "the series is there from the first request, or its first increase would be lost"
+    )
+    assert answered_within(slo_s * 1.001) == 1
+    assert answered_within(slo_s * 0.999) == 1
+    assert samples(metrics)["convoy_slo_seconds"] == slo_s
 
 
 def test_the_oldest_job_is_the_first_of_any_urgency():
