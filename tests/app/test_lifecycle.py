@@ -285,7 +285,7 @@ def test_a_client_that_leaves_is_not_worked_for(slow_models, tmp_path):
         leavers = [socket.create_connection((host, port), timeout=10) for _ in range(12)]
         for connection in leavers:
             connection.sendall(request)
-        wait_for(lambda: server.metrics()["convoy_inflight_images"] == 12)
+        wait_for(lambda: accepted(server) == 12)
         for connection in leavers:
             connection.close()
         assert server.client.post("/predict", content=RED).status_code == 200

@@ -102,6 +102,11 @@ def wait_for(condition, timeout_s: float = 30) -> None:
         time.sleep(0.02)
 
 
+def inside_or_answered(server: ConvoyProcess) -> float:
+    metrics = server.metrics()
+    return metrics["convoy_inflight_images"] + metrics.get('convoy_images_total{model="slow",version="1"}', 0)
+
+
 def infer(client: httpx.Client, value: float) -> httpx.Response:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [value]}
     return client.post("/v2/models/stuck/infer", json={"inputs": [tensor]})
@@ -112,8 +117,9 @@ def test_while_it_drains_it_is_not_ready_and_answers_what_it_has(slow_models, tm
     with probed(slow_models, tmp_path / "log", **settings) as (server, probes), ThreadPoolExecutor(4) as pool:
         assert probes.get("/readyz").status_code == 200
         clients = [httpx.Client(base_url=server.url, timeout=30) for _ in range(4)]
-        answers = [pool.submit(client.post, "/predict", content=RED) for client in clients]
-        wait_for(lambda: server.metrics()["convoy_inflight_images"] >= 3)
+        five = [("image", ("red.png", RED))] * 5  # half a second of work: more than looking takes
+        answers = [pool.submit(client.post, "/predict", files=five) for client in clients]
+        wait_for(lambda: inside_or_answered(server) == 20)
         server.process.terminate()
         wait_for(lambda: probes.get("/readyz").status_code == 503)
         assert "Draining" in probes.get("/readyz").json()["reason"]
