@@ -1,8 +1,8 @@
 """The engine: the way of one request through the stages.
 
-`Engine` is the seam between every front (HTTP now, gRPC and front processes later) and the work. Owns the decode pool
-and what happens between a request's bytes and its probabilities; how much may be inside is `admission.py`'s. Knows
-nothing of HTTP.
+`Engine` is the seam between every front (HTTP, gRPC) and the work, in sessions of this process or in engines. Owns the
+decode pool and what happens between a request's bytes and its probabilities; how much may be inside is
+`admission.py`'s. Knows nothing of HTTP.
 """
 
 import asyncio

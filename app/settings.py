@@ -247,7 +247,7 @@ class Settings(BaseModel):
             name, _, limit = part.partition("=")
             if names is not None and name not in names:
                 raise SettingsError(
-                    f"model_limits names '{name}', which is no model here; there are: {', '.join(names)}."
+                    f"model_limits names '{name}', which is no model here; there are: {', '.join(sorted(names))}."
                 )
             if not limit.isdecimal() or not int(limit):
                 raise SettingsError(f"model_limits has '{part}': write name=number, above 0, as in imagenet=64.")

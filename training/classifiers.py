@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from app import runtime
 from app.errors import BundleError
 from app.golden import Run
-from app.manifest import INPUT_NAME, MANIFEST_FILE, OUTPUT_NAME, Bundle, PixelRecipe, read_bundle
+from app.manifest import INPUT_NAME, MANIFEST_FILE, OUTPUT_NAME, Bundle, PixelRecipe, read_bundle, verify_files
 from training.data.arrays import Split
 from training.data.listing import Origin
 from training.errors import RunError
@@ -58,6 +58,7 @@ def open_classifier(path: Path, device: torch.device) -> Classifier:
         return Classifier(checkpoint.classes, recipe.pixels, run, origin_of(checkpoint))
     if (path / MANIFEST_FILE).is_file():
         bundle = read_bundle(path)
+        verify_files(bundle)
         run = onnx_run(bundle.model_path)
         return Classifier(bundle.manifest.labels, bundle.manifest.pixels, run, origin_told(bundle))
     raise RunError(f"{path} is neither a run (with checkpoint.pt) nor a bundle (with {MANIFEST_FILE}).")

@@ -59,6 +59,7 @@ def create_front(
     Raises:
         SettingsError: the certificate's key is encrypted.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     client_ca = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
     calls = Calls(journal, enter=doorkeeper(keyring))
     limits = CallLimits(
@@ -73,6 +74,15 @@ def create_front(
         idle_s=settings.keep_alive_s,
         credentials=None if certificate is None else credentials_of(certificate, client_ca),
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a record of gRPC's core is worth a line: not that a call was over before its answer was sent.
+
+    A deadline of the client's own, mostly. The call is counted and logged like any other.
+    """
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, grpc.aio.InternalError)
 
 
 class Front:

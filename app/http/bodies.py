@@ -145,6 +145,8 @@ def _refuse_too_many(kind: str, boundary: bytes, body: bytes, limit: int) -> Non
     """
     if kind == "application/json":
         beyond = body.count(b",") >= limit
+        if beyond and b'"images"' not in body:  # the pixels of another protocol, say, which are not parsed either
+            raise BadRequestError('The JSON body should be {"images": ["<base64>", …]}, but has no "images".')
     else:
         beyond = bool(boundary) and body.count(b"--" + boundary) > limit + MAX_FORM_FIELDS
     if beyond:

@@ -207,6 +207,7 @@ def _apply(parameters: Mapping[str, Any], ticket: Ticket) -> None:
     """Apply a request's own parameters; those that nobody knows are passed over, as Triton does."""
     if not parameters:
         return
+    _refuse_shared_memory("The request", parameters)
     for name, value in parameters.items():
         if not isinstance(value, bool | int | float | str):
             raise BadRequestError(f"The parameter '{name[:80]}' must be a string, a number or a bool.")
@@ -240,7 +241,7 @@ def _wanted(model: LoadedModel, outputs: Sequence[WantedOutput]) -> list[tuple[i
             raise _unknown("output", output.name, model.outputs, model)
         spec, classes = model.outputs[place], 0
         if output.parameters:
-            _refuse_shared_memory("Output", output.name, output.parameters)
+            _refuse_shared_memory(f"Output '{output.name}'", output.parameters)
             classes = _whole(output.parameters, "classification", MAX_CLASSIFICATION)
         if classes and spec.datatype == "BYTES":
             raise BadRequestError(f"Output '{spec.name}' is BYTES, of which there is no classification.")
@@ -255,7 +256,7 @@ def _in_order(model: LoadedModel, inputs: Sequence[InputTensor]) -> list[InputTe
     if len(ordered) != len(model.inputs) or len(inputs) != len(ordered):
         raise _other_inputs(model, inputs)
     for tensor in ordered:
-        _refuse_shared_memory("Input", tensor.name, tensor.parameters)
+        _refuse_shared_memory(f"Input '{tensor.name}'", tensor.parameters)
     return ordered
 
 
@@ -389,9 +390,9 @@ def _refuse_many_rows(rows: int, limit: int) -> None:
         )
 
 
-def _refuse_shared_memory(kind: str, name: str, parameters: Mapping[str, Any]) -> None:
+def _refuse_shared_memory(what: str, parameters: Mapping[str, Any]) -> None:
     if _SHARED_MEMORY in parameters:
-        raise BadRequestError(f"{kind} '{name}' is in shared memory, which is not offered: send it in the request.")
+        raise BadRequestError(f"{what} is in shared memory, which is not offered: send it in the request.")
 
 
 def _unknown(kind: str, name: str, specs: Sequence[TensorSpec], model: LoadedModel) -> BadRequestError:

@@ -1,5 +1,6 @@
 """gRPC against real processes: wire, statuses, deadlines, leaving, keys, TLS, health, reflection, workers, drain."""
 
+import logging
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.message import DecodeError
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_tools import protoc
@@ -23,6 +25,7 @@ from app.grpc import inference_pb2 as pb
 from app.grpc import messages as messages_module
 from app.grpc.entry import access_of, credentials_of
 from app.grpc.methods import SERVICE
+from app.grpc.server import _is_news
 from app.keys import Access, make_key
 from tests.app.watching import free_port, logged_with, messages, wait_for
 from tests.bundles import COLOURS, make_bundle, plain_image
@@ -314,6 +317,16 @@ def test_deadline_and_leaving_reach_the_batcher_and_are_counted_apart(caller, se
     wait_for(lambda: served.metrics()['convoy_inflight_requests{model="slow"}'] == 0)
     assert dropped("draining") == before["draining"]
     assert classes(caller.infer(images(BLUE, model="slow"))) == ["blue"]
+
+
+def test_a_call_that_is_over_before_its_answer_is_no_error_of_the_core():
+    def record(error: type[Exception] | None) -> logging.LogRecord:
+        told = None if error is None else (error, error(), None)
+        return logging.LogRecord("grpc._cython.cygrpc", logging.ERROR, "", 0, "raised in core", None, told)
+
+    assert not _is_news(record(cygrpc.ExecuteBatchError))
+    assert _is_news(record(ValueError))
+    assert _is_news(record(None))
 
 
 def test_calls_are_counted_and_logged_like_requests(caller, served):

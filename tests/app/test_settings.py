@@ -86,7 +86,7 @@ def test_limits_of_models():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("cats=3", "names 'cats', which is no model here; there are: pets"),
+        ("cats=3", "names 'cats', which is no model here; there are: imagenet, pets"),
         ("pets", "has 'pets': write name=number"),
         ("pets=0", "has 'pets=0'"),
         ("pets=-1", "has 'pets=-1'"),
@@ -94,4 +94,4 @@ def test_limits_of_models():
 )
 def test_impossible_limits_of_models(text, sentence):
     with pytest.raises(SettingsError, match=sentence):
-        Settings(model_limits=text).limits_of_models(["pets"])
+        Settings(model_limits=text).limits_of_models({"pets", "imagenet"})

@@ -257,6 +257,7 @@ MESSAGES: dict[str, Hostile] = {
     "binary_data in words": asked({"name": "probabilities", "parameters": {"binary_data": "yes"}}),
     "an output in shared memory": asked({"name": "probabilities", "parameters": {"shared_memory_region": "r"}}),
     "an input in shared memory": one(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 768}),
+    "a request in shared memory": asked(parameters={"shared_memory_region": "r"}),
     "an id that is a number": asked(id=7),
     "parameters a string": asked(parameters="timeout"),
     "a parameter that is a list": asked(parameters={"colours": [1]}),

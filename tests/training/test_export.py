@@ -89,6 +89,17 @@ def test_a_bundle_knows_which_images_were_kept_from_training(bundle: Bundle):
     assert (classifier.origin.test_fraction, classifier.origin.seed) == (0.2, 4)
 
 
+def test_a_bundle_that_was_altered_is_not_evaluated(bundle: Bundle, tmp_path: Path):
+    altered = tmp_path / bundle.directory.name
+    shutil.copytree(bundle.directory, altered)
+    model = altered / bundle.model_path.name
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    with pytest.raises(BundleError, match="SHA-256"):
+        open_classifier(altered, torch.device("cpu"))
+
+
 def test_the_graph_is_self_contained_and_names_no_place(work: Path, bundle: Bundle):
     model = onnx.load(bundle.model_path, load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
