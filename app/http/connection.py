@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
+from httptools import HttpParserError, HttpParserUpgrade
 from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -23,7 +24,9 @@ MAX_HEAD_BYTES, MAX_HEADS = 2048, 512
 MAX_FRUITLESS_BYTES = 65536
 """What a client may send on end that is neither body nor the end of a head: the parser would keep any length of it."""
 _TOO_LONG = b'{"error": "The head of the request is too long.", "code": "head_too_large"}'
+_NO_HTTP = b'{"error": "What arrived is no HTTP/1.1 request.", "code": "bad_request"}'
 _HEAD_END = b"\r\n\r\n"
+_AROUND_URL = len(b"  HTTP/1.1\r\n\r\n")
 
 
 @dataclass(eq=False, slots=True)
@@ -97,6 +100,8 @@ class Connection(HttpToolsProtocol):
         """What is being read, if it starts with a request."""
         self._fruitless_bytes = 0
         """Read since a head, a piece of a body or a request last was complete."""
+        self._longest_head = 0
+        """The head that is being read has no more bytes; what else was complete in its first read counts too."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to read."""
@@ -112,10 +117,13 @@ class Connection(HttpToolsProtocol):
                 return
         self._data = data if self._between else b""
         self._fruitless_bytes += len(data)
-        super().data_received(data)
+        self._longest_head += len(data)
+        self._parse(data)
         self._data = b""
+        if not self._fruitless_bytes:
+            self._longest_head = len(data)
         if self._fruitless_bytes > MAX_FRUITLESS_BYTES and not self.transport.is_closing():
-            self._refuse_head()
+            self._refuse(431, _TOO_LONG)
         if self._pieces is not None:
             pieces, self._pieces = self._pieces, None
             if not self.transport.is_closing():  # else it was no HTTP, and has been told so
@@ -130,6 +138,9 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start a request, or wait whether it arrives whole."""
+        if self._longest_head > MAX_FRUITLESS_BYTES and self._head_bytes() > MAX_FRUITLESS_BYTES:
+            self._refuse(431, _TOO_LONG)
+            raise HttpParserError("nothing of it is read any more")
         self._fruitless_bytes = 0
         if self._may_be_whole():
             self._pieces = []
@@ -245,11 +256,33 @@ class Connection(HttpToolsProtocol):
         if self._application is None or self.flow.write_paused or not self._application.begin(request):
             request.start(cast(ASGIApp, self.app))
 
-    def _refuse_head(self) -> None:
+    def _parse(self, data: bytes) -> None:
+        """Have the parser tell what is in `data`; what it cannot read ends the connection."""
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+        except HttpParserError:
+            if not self.transport.is_closing():  # else what is wrong has been said
+                self.logger.warning("Invalid HTTP request received.")
+                self._say_last(400, _NO_HTTP)
+
+    def _head_bytes(self) -> int:
+        """Return the length of the head that has just been parsed, without the blanks around its values."""
+        line = len(self.parser.get_method()) + len(self.url) + _AROUND_URL
+        return line + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
+
+    def _refuse(self, status: int, body: bytes) -> None:
         """Read no further, and say why, if that cannot be taken for the answer to a request before it."""
         if self._is_free():
-            headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-            self.transport.write(STATUS_LINE[431] + headers % len(_TOO_LONG) + _TOO_LONG)
+            self._say_last(status, body)
+        else:
+            self.transport.close()
+
+    def _say_last(self, status: int, body: bytes) -> None:
+        """Answer what is no request, and close the connection."""
+        headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + headers % len(body) + body)
         self.transport.close()
 
     def _is_free(self) -> bool:

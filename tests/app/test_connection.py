@@ -221,7 +221,8 @@ def test_a_whole_request_before_half_of_the_next(server):
 def test_what_is_no_http_is_told_once_and_ends_the_connection(server, first):
     with wire(server) as client:
         client.send(first + (b"" if first.endswith(RED) else RED[-1:]) + b"no http at all\r\n\r\n")
-        assert client.answer().status == 400
+        answer = client.answer()
+        assert (answer.status, answer.headers["content-type"], answer.best) == (400, "application/json", "bad_request")
         assert client.ended()
     assert not troubles(server)
 
@@ -252,6 +253,46 @@ def test_what_is_neither_body_nor_a_whole_head_is_not_taken_for_ever(server, sta
         client.send(*(data[at : at + 10_000] for at in range(0, len(data), 10_000)))
         assert client.answer().best == "colours: red"
     assert not troubles(server)
+
+
+LONG_HEADS = {
+    "one header": request(RED, "/predict", "X-Long: " + "x" * 70_000),
+    "many headers": request(RED, "/predict", *["X-Many: of them"] * 5_000),
+    "longer than a read": request(RED, "/predict", "X-Long: " + "x" * 300_000),
+    "address": request(RED, "/predict?" + "x" * 66_000),
+    "address of a GET": request(path="/" + "x" * MAX_FRUITLESS_BYTES, method="GET"),
+    "second": request(method="GET", path="/livez") + request(RED, "/predict", "X-Long: " + "x" * 70_000),
+}
+
+
+@pytest.mark.parametrize("data", LONG_HEADS.values(), ids=LONG_HEADS)
+def test_a_head_is_too_long_however_it_arrives(server, data):
+    for size in (10_000, MAX_FRUITLESS_BYTES, len(data)):
+        with wire(server) as client:
+            with suppress(ConnectionError):
+                client.send(*(data[at : at + size] for at in range(0, len(data), size)), pause_s=0.001)
+            if data.startswith(b"GET /livez"):
+                # Its answer may be on its way when the next head turns out to be too long: then there is no other.
+                with suppress(AssertionError, ConnectionError):
+                    assert client.answer().status == 200
+            else:
+                answer = client.answer()
+                assert (answer.status, answer.best) == (431, "head_too_large")
+            with suppress(ConnectionError):
+                assert b"HTTP/1.1 200" not in client._file.read()
+    assert not troubles(server)
+
+
+@pytest.mark.parametrize("path", ["/predict", "/models/nobody/predict"], ids=["whole", "refused"])
+def test_a_long_body_makes_no_long_head(server, path):
+    head_of = "X-Long: " + "x" * (MAX_FRUITLESS_BYTES - 1000)
+    data = request(RED + bytes(150_000), path, head_of)
+    for size in (MAX_FRUITLESS_BYTES - 10, MAX_FRUITLESS_BYTES + 10, len(data)):
+        with wire(server) as client:
+            client.send(*(data[at : at + size] for at in range(0, len(data), size)))
+            assert client.answer().best == ("colours: red" if path == "/predict" else "unknown_model")
+            client.send(request(GREEN))
+            assert client.answer().best == "colours: green"
 
 
 @pytest.mark.parametrize(("data", "best", "closes"), FORMS.values(), ids=FORMS)
