@@ -37,12 +37,6 @@ class BadRequestError(ConvoyError):
     code = "bad_request"
 
 
-class LostBodyError(BadRequestError):
-    """The request asks for an upgrade, at which the HTTP parser stops: its body cannot be had."""
-
-    closes = True
-
-
 class UnauthorizedError(ConvoyError):
     """The request needs a key, and brings none or an unknown one."""
 

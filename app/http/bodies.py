@@ -21,7 +21,6 @@ from app.errors import (
     AbandonedError,
     BadRequestError,
     BodyTooLargeError,
-    LostBodyError,
     TooLargeError,
     UnsupportedMediaTypeError,
 )
@@ -70,7 +69,6 @@ class Head:
     content_length: int = 0
     timeout_ms: int | None = None
     waits_for_100: bool = False
-    upgrade: str = ""
     urgency: int = DEFAULT_URGENCY
 
     @classmethod
@@ -92,8 +90,6 @@ class Head:
             head.waits_for_100 = value.lower() == b"100-continue"
         if (value := headers.get(b"priority")) and (found := _URGENCY.search(value)):
             head.urgency = int(found[1])  # RFC 9218: what cannot be read is passed over
-        if value := headers.get(b"upgrade"):
-            head.upgrade = value.decode("latin-1")
         if (value := headers.get(b"timeout-ms")) is not None:
             if not value.isdigit() or not int(value[:9]):
                 shown = value[:40].decode("latin-1")
@@ -121,7 +117,7 @@ async def read_images(head: Head, receive: Receive, ticket: Ticket, limits: Body
 
 def _take_apart(head: Head, kind: str, boundary: bytes, body: bytes, limits: BodyLimits) -> list[bytes]:
     if not body:
-        raise _empty(head)
+        raise BadRequestError("The body is empty: send an image, a form with files, or JSON with images.")
     if kind in RAW_TYPES:
         return [body]
     _refuse_too_many(kind, boundary, body, limits.max_images)
@@ -129,13 +125,6 @@ def _take_apart(head: Head, kind: str, boundary: bytes, body: bytes, limits: Bod
     if len(images) > limits.max_images:
         raise too_many(limits.max_images)
     return images
-
-
-def _empty(head: Head) -> BadRequestError:
-    if head.upgrade and head.content_length:  # some HTTP/2 clients ask for an upgrade on plain HTTP
-        upgrade = head.upgrade[:40]
-        return LostBodyError(f"The body was lost to the header Upgrade: {upgrade}; send the request as plain HTTP/1.1.")
-    return BadRequestError("The body is empty: send an image, a form with files, or JSON with images.")
 
 
 def _refuse_too_many(kind: str, boundary: bytes, body: bytes, limit: int) -> None:

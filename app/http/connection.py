@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
-from httptools import HttpParserError, HttpParserUpgrade
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -142,6 +142,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(431, _TOO_LONG)
             raise HttpParserError("nothing of it is read any more")
         self._fruitless_bytes = 0
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            return  # to be parsed again without that
         if self._may_be_whole():
             self._pieces = []
         else:
@@ -159,7 +161,9 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Start a request that has arrived whole."""
         self._fruitless_bytes = 0
-        self._between = not self.parser.should_upgrade()  # after which the parser reads no further
+        self._between = not self.parser.should_upgrade()  # at which the parser stops
+        if not self._between and self.parser.get_method() != b"CONNECT":
+            return
         if self._pieces is None:
             super().on_message_complete()
             return
@@ -258,14 +262,39 @@ class Connection(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Have the parser tell what is in `data`; what it cannot read ends the connection."""
+        unread: bytes | memoryview = data
         try:
-            self.parser.feed_data(data)
-        except HttpParserUpgrade:
-            self._unsupported_upgrade_warning()
+            while True:
+                try:
+                    self.parser.feed_data(unread)
+                    return
+                except HttpParserUpgrade as stop:
+                    unread = memoryview(unread)[stop.args[0] :]
+                if self.parser.get_method() == b"CONNECT":
+                    return
+                head = self._head_without_upgrade()
+                self._start_parser()
+                self.parser.feed_data(head)
         except HttpParserError:
             if not self.transport.is_closing():  # else what is wrong has been said
                 self.logger.warning("Invalid HTTP request received.")
                 self._say_last(400, _NO_HTTP)
+
+    def _start_parser(self) -> None:
+        """Have a parser that has read nothing: the one before may have been told that its request is the last."""
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the head that has just been parsed as that of a plain request, which a server may take it for.
+
+        The parser stops at a header Upgrade, which asks for a protocol that is not spoken here, and takes the body for
+        that protocol's; RFC 9110, 7.8, lets a server pass over it and answer by HTTP/1.1.
+        """
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join(lines) + _HEAD_END
 
     def _head_bytes(self) -> int:
         """Return the length of the head that has just been parsed, without the blanks around its values."""
@@ -290,12 +319,12 @@ class Connection(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _may_be_whole(self) -> bool:
-        """Tell whether this is a prediction that nothing stands in the way of: no request before it, no handshake."""
+        """Tell whether this is a prediction that nothing stands in the way of, as a request before it would."""
         url = self.url
         return (
             url.partition(b"?")[0].endswith((b"/predict", b"/infer"))
             and url[0] == 0x2F  # /
-            and not (b"%" in url or b"#" in url or self.expect_100_continue or self.parser.should_upgrade())
+            and not (b"%" in url or b"#" in url or self.expect_100_continue)
             and self._is_free()
             and self.parser.get_method() == b"POST"
         )

@@ -170,6 +170,7 @@ def test_wherever_a_request_is_cut_its_answer_is_the_same(server):
 
 
 CLOSES = "Connection: close"
+UPGRADE = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"
 FORMS = {
     "chunked": (chunked(RED), "colours: red", False),
     "absolute": (request(RED, "http://convoy/predict"), "colours: red", False),
@@ -189,7 +190,22 @@ FORMS = {
     "http-1.0": (request(RED, version="1.0"), "colours: red", True),
     "close": (request(RED, "/predict", CLOSES), "colours: red", True),
     "refused-and-close": (request(b"no image", "/predict", CLOSES), "bad_image", True),
-    "upgrade": (request(RED, "/predict", "Connection: Upgrade", "Upgrade: h2c"), "bad_request", True),
+    "upgrade": (request(RED, "/predict", *UPGRADE), "colours: red", False),
+    "upgrade-empty": (request(b"", "/predict", *UPGRADE), "bad_request", False),
+    "upgrade-chunked": (
+        chunked(RED, b"X-Late: 1\r\n", b"Connection: upgrade\r\nupgrade: h2c\r\n"),
+        "colours: red",
+        False,
+    ),
+    "upgrade-infer": (infer(RED, *UPGRADE), "colours: red", False),
+    "upgrade-and-close": (request(RED, "/predict", "Connection: close, Upgrade", "Upgrade: h2c"), "colours: red", True),
+    "upgrade-1.0": (request(RED, "/predict", *UPGRADE, version="1.0"), "colours: red", True),
+    "upgrade-elsewhere": (request(RED, "/a/b/predict", *UPGRADE), "not_found", False),
+    "websocket": (
+        request(RED, "/predict", "Connection: keep-alive, Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
+        "colours: red",
+        False,
+    ),
 }
 
 
@@ -253,6 +269,60 @@ def test_what_is_neither_body_nor_a_whole_head_is_not_taken_for_ever(server, sta
         client.send(*(data[at : at + 10_000] for at in range(0, len(data), 10_000)))
         assert client.answer().best == "colours: red"
     assert not troubles(server)
+
+
+def test_a_wish_for_another_protocol_is_passed_over_wherever_it_is_cut(server):
+    before = len(server.lines())
+    data = request(RED, "/predict?top_k=1", *UPGRADE, "X-Request-Id: cut") + request(GREEN, "/predict", *UPGRADE)
+    with wire(server) as client:
+        for at in range(1, len(data)):
+            client.send(data[:at], data[at:], pause_s=0.001)
+            answer = client.answer()
+            assert (answer.status, answer.id, answer.best) == (200, "cut", "colours: red"), at
+            assert client.answer().best == "colours: green"
+        client.send(*(data[at : at + 1] for at in range(len(data))), pause_s=0)
+        assert [client.answer().best for _ in range(2)] == ["colours: red", "colours: green"]
+        client.send(request(b"", "/livez", *UPGRADE, method="GET") * 3 + request(BLUE, "/predict", *UPGRADE))
+        assert [client.answer().status for _ in range(4)] == [200] * 4
+    told = {line["message"] for line in server.lines()[before:]}
+    assert told <= {"request"}
+
+
+def test_who_asks_first_and_for_another_protocol_is_asked_for_the_body(server):
+    data = request(RED, "/predict", *UPGRADE, "Expect: 100-continue")
+    with wire(server) as client:
+        client.send(data[: -len(RED)])
+        assert client.answer().status == 100
+        client.send(RED)
+        assert client.answer().best == "colours: red"
+
+
+def test_many_wishes_for_another_protocol_at_once_are_as_many_requests():
+    """Two thousand of them in one read, as many reads long: none is lost, and the stack is not theirs to fill."""
+
+    async def app(scope, receive, send) -> None:
+        await connection_of(scope).answer(200, b"", b"done")
+
+    async def connect() -> None:
+        connection = Connection(config, ServerState(), {}, asyncio.get_running_loop())
+        transport = Transport()
+        connection.connection_made(transport)
+        connection.data_received(request(b"", "/", *UPGRADE) * 2000)
+        while transport.written.count(b"HTTP/1.1 200 OK") < 2000:
+            await asyncio.sleep(0)
+        connection.connection_lost(None)
+
+    config = Config(app, http=Connection, log_config=None)
+    config.load()
+    asyncio.run(asyncio.wait_for(connect(), 30))
+
+
+@pytest.mark.parametrize("target", ["/predict", "convoy:80"])
+def test_no_tunnel_is_opened(server, target):
+    with wire(server) as client:
+        client.send(b"CONNECT %s HTTP/1.1\r\nHost: convoy\r\n\r\nfor another" % target.encode())
+        answer = client.answer()
+        assert answer.status in (400, 405) and answer.best in ("bad_request", "method_not_allowed")
 
 
 LONG_HEADS = {
@@ -508,8 +578,15 @@ def test_no_more_is_read_while_many_requests_wait():
 
 @pytest.mark.parametrize(
     "pieces",
-    [(request(RED),), (request(RED)[:-1], RED[-1:]), (request(RED) * 3,), (request(RED)[:-1],), ()],
-    ids=["whole", "split", "pipelined", "half", "nothing"],
+    [
+        (request(RED),),
+        (request(RED)[:-1], RED[-1:]),
+        (request(RED) * 3,),
+        (request(RED, "/predict", "Connection: upgrade", "Upgrade: h2c"),),
+        (request(RED)[:-1],),
+        (),
+    ],
+    ids=["whole", "split", "pipelined", "upgrade", "half", "nothing"],
 )
 @pytest.mark.parametrize("early", [False, True], ids=["stays", "leaves-early"])
 def test_nothing_of_a_connection_is_left_to_the_garbage_collector(pieces, early):
