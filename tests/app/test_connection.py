@@ -468,6 +468,19 @@ def test_who_leaves_with_requests_waiting_leaves_nothing_inside_and_is_no_error(
     assert not troubles(slow)
 
 
+def test_who_ends_its_side_of_the_connection_has_left(slow):
+    """TCP tells a half-closed connection from a closed one only when something is written to it, which is too late."""
+    gone = 'convoy_requests_total{code="499",model="slow",route="/predict",version="1"}'
+    before = slow.metrics().get(gone, 0)
+    with wire(slow) as client:
+        client.send(request(RED))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.ended()
+    wait_until_nothing_is_inside(slow)
+    assert slow.metrics()[gone] == before + 1
+    assert not troubles(slow)
+
+
 def test_after_a_deadline_the_next_request_on_the_connection_has_its_own(slow):
     with wire(slow) as client:
         for split in (False, True):
