@@ -140,6 +140,10 @@ class Ticket:
             self.deadline = deadline
             self._admission.deadlines.add(self)
 
+    def forget_deadline(self) -> None:
+        """Let the stay go on when the deadline passes: it is refused, and whoever refuses it bounds its time."""
+        self._admission.deadlines.remove(self)
+
     def open(self, tell: Callable[[], object]) -> None:
         """Begin the stay; `tell` is called, at most once, when it must end before it is closed."""
         self._tell = tell

@@ -8,7 +8,9 @@ import asyncio
 import base64
 import binascii
 import re
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -50,6 +52,8 @@ MAX_FORM_FIELDS = 32
 """Parts of a form beside its images."""
 SWALLOW_BODIES = 4
 """How many times the limit of a too large body is read and thrown away, so that its client gets to read the 413."""
+SWALLOW_PAUSE_S = 2.0
+"""How long nothing may come of such a body before its client is told: it may not send it, but wait for the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ async def read_body(head: Head, receive: Receive, ticket: Ticket, limit: int) ->
     """
     if head.content_length > limit:
         if not head.waits_for_100:  # else the client has not sent it, and will not
-            await _swallow(True, receive, SWALLOW_BODIES * limit)
+            await _swallow(True, receive, ticket, SWALLOW_BODIES * limit)
         raise too_large(limit)
     ticket.expect_bytes(head.content_length)
     chunks: list[bytes] = []
@@ -193,7 +197,7 @@ async def read_body(head: Head, receive: Receive, ticket: Ticket, limit: int) ->
         size += len(chunk)
         if size > limit:
             chunks.clear()
-            await _swallow(more, receive, SWALLOW_BODIES * limit)
+            await _swallow(more, receive, ticket, SWALLOW_BODIES * limit)
             raise too_large(limit)
         ticket.hold_bytes(len(chunk))
         chunks.append(chunk)
@@ -208,11 +212,24 @@ async def _receive_chunk(receive: Receive) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-async def _swallow(more: bool, receive: Receive, limit: int) -> None:
+async def _swallow(more: bool, receive: Receive, ticket: Ticket, limit: int) -> None:
+    """Read on until there is no more, more than `limit` bytes came, nothing comes, or the deadline has passed.
+
+    The request is refused already: at its deadline it is told that, not that it is late.
+    """
+    ticket.forget_deadline()
     size = 0
-    while more and size <= limit:
-        chunk, more = await _receive_chunk(receive)
-        size += len(chunk)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(None) as patience:
+            while more and size <= limit:
+                patience.reschedule(_until(ticket.deadline))
+                chunk, more = await _receive_chunk(receive)
+                size += len(chunk)
+
+
+def _until(deadline: float) -> float:
+    """Return when a pause is too long, by the loop's clock."""
+    return asyncio.get_running_loop().time() + min(SWALLOW_PAUSE_S, deadline - time.monotonic())
 
 
 def _json_images(body: bytes) -> list[bytes]:

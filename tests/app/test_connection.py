@@ -18,6 +18,7 @@ import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from app.http.bodies import SWALLOW_PAUSE_S
 from app.http.connection import (
     MAX_FRUITLESS_BYTES,
     MAX_HEADS,
@@ -638,6 +639,37 @@ def test_who_asked_before_sending_and_is_refused_is_not_waited_for(server):
         answer = client.answer()
         assert (answer.status, answer.headers["connection"]) == (404, "close")
         assert client.ended()
+
+
+TOO_LARGE = {
+    "announced": b"Content-Length: 99999999\r\n\r\n",
+    "begun": b"Content-Length: 99999999\r\n\r\nonly this",
+    "chunked": b"Transfer-Encoding: chunked\r\n\r\n1e8481\r\n" + bytes(2_000_001) + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/colours/infer", "/v1/models/colours:predict"])
+@pytest.mark.parametrize("rest", TOO_LARGE.values(), ids=TOO_LARGE)
+@pytest.mark.parametrize("timeout_ms", [300, 60_000], ids=["at the deadline", "before the deadline"])
+def test_a_too_large_body_of_which_nothing_comes_is_told_so(server, path, rest, timeout_ms):
+    head = f"POST {path} HTTP/1.1\r\nHost: convoy\r\nTimeout-Ms: {timeout_ms}\r\n"
+    with wire(server) as client:
+        started = time.monotonic()
+        client.send(head.encode() + rest)
+        answer = client.answer()
+        assert (answer.status, answer.best, answer.headers["connection"]) == (413, "body_too_large", "close")
+        assert time.monotonic() - started >= min(timeout_ms / 1000, SWALLOW_PAUSE_S)
+        assert client.ended()
+    wait_until_nothing_is_inside(server)
+    assert not troubles(server)
+
+
+def test_a_too_large_body_that_goes_on_is_told_so_at_the_deadline(server):
+    with wire(server) as client:
+        client.send(request(b"", "/predict", "Timeout-Ms: 500").replace(b"Length: 0", b"Length: 99999999"))
+        with suppress(ConnectionError):  # who is cut off while sending may meet a reset
+            client.send(*[b"x"] * 100)
+        assert client.answer().best == "body_too_large"
 
 
 @pytest.mark.parametrize("start", [b"", b"POST /predict HTTP/1.1\r\nHost: conv", request(RED) + b"POST /pre"])
