@@ -181,7 +181,8 @@ class Admission:
     def lane(self, metrics: ModelMetrics) -> Lane:
         """Return the lane of the model that `metrics` belongs to; its versions share one."""
         lane = self._lanes.get(metrics.model)
-        if lane is None:
+        # Of a model that was forgotten, and has come back, the series are others.
+        if lane is None or lane.metrics.inflight_requests is not metrics.inflight_requests:
             limit = self.limits.model_images.get(metrics.model, self.limits.images)
             lane = Lane(metrics, min(limit, self.limits.images), self.limits.queue_target_s, self._clock)
             self._lanes[metrics.model] = lane

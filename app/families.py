@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-from app.pages import NO_VALUE, Page
+from app.pages import NO_VALUE, WASTE, Page
 
 BATCH_SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of a run that are counted apart; a number between two of them counts as the larger."""
@@ -47,6 +47,10 @@ class Number:
         """Return what this process has counted, and its page's writers before it."""
         return self._slots[self._at]
 
+    def let_go(self) -> None:
+        """Count where nobody reads from now on: its place is about to be another's."""
+        self._at = WASTE
+
 
 class Distribution:
     """One histogram: a slot for each bucket, not cumulated, one for what is above them all, and one for the sum."""
@@ -63,6 +67,10 @@ class Distribution:
         slots[self._first + bisect_left(self._bounds, value)] += 1
         slots[self._sum] += value
 
+    def let_go(self) -> None:
+        """See `Number.let_go`."""
+        self._first = self._sum = WASTE
+
 
 class Steps:
     """A counter for each size of `BATCH_SIZES`, in adjacent slots."""
@@ -75,6 +83,10 @@ class Steps:
     def inc(self, size: int, amount: float = 1.0) -> None:
         """Add to the counter of a size; what is above them all counts as the largest."""
         self._slots[self._first + min(bisect_left(BATCH_SIZES, size), len(BATCH_SIZES) - 1)] += amount
+
+    def let_go(self) -> None:
+        """See `Number.let_go`."""
+        self._first = WASTE
 
 
 class Slots:
@@ -96,6 +108,10 @@ class Slots:
     def get(self, place: int) -> float:
         """Return the number at a place."""
         return self._slots[self._first + place]
+
+    def let_go(self) -> None:
+        """See `Number.let_go`."""
+        self._first = WASTE
 
 
 Child = TypeVar("Child", Number, Distribution, Steps, Slots)
@@ -126,13 +142,24 @@ class Family(Generic[Child]):
         child = self._children.get(values)
         if child is None:
             assert len(values) == len(self.label_names), f"{self.name} has the labels {self.label_names}"
-            child = self._children[values] = self._make(tuple(map(str, values)))
+            with self._page.lock:  # others may be forgetting
+                child = self._children[values] = self._make(tuple(map(str, values)))
         return child
 
-    def forget(self, values: tuple[str, ...]) -> None:
-        """Forget the child with these label values, whose place in the page is about to be another's."""
-        for known in [known for known in self._children if tuple(map(str, known)) == values]:
-            del self._children[known]
+    def bears(self, values: Sequence[object], wanted: Mapping[str, str]) -> bool:
+        """Tell whether some label values are of this family, and among them are those wanted, by label."""
+        names = self.label_names
+        if len(values) != len(names):
+            return False
+        return all(label in names and str(values[names.index(label)]) == value for label, value in wanted.items())
+
+    def forget(self, wanted: Mapping[str, str]) -> None:
+        """Forget the children that bear some labels, whose places in the page are others' now.
+
+        Whoever holds one may go on counting there, for nobody.
+        """
+        for known in [known for known in list(self._children) if self.bears(known, wanted)]:
+            self._children.pop(known).let_go()
 
     def _make(self, values: tuple[str, ...]) -> Child:
         raise NotImplementedError

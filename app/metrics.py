@@ -89,6 +89,8 @@ class Metrics:
         self._declare_process()
         self._declare_gpus()
         self._declare_predictions()
+        self._kept = self.families | _exemplars_of(self.families)
+        """All families that this process has series of in its page."""
         self.registry = CollectorRegistry()
         if len(self.pages) == 1:
             ProcessCollector(registry=self.registry)
@@ -297,24 +299,45 @@ class Metrics:
         return ModelMetrics(self, model, version)
 
     def forget(self, model: str, version: str) -> None:
-        """Show nothing of a version any more, and give its place to others; nobody may count there from now on.
+        """Show nothing of a version any more, and give its place to others; who still counts there counts for nobody.
 
         Where the version is a hidden label its numbers stay in the sums, under no version: what is shown never falls.
         """
-        families = self.families | _exemplars_of(self.families)
-        gone = []
+        wanted = {"model": model, "version": version}
+        with self.page.lock:
+            for family, series in self._placed():
+                hidden = family.label_names[family.shown :]
+                if "version" in hidden and not series.gauge and family.bears(series.labels, wanted):
+                    self._keep_in_sums(family, series)
+            self._forget(wanted)
+
+    def forget_model(self, model: str) -> None:
+        """Show nothing of a model any more, whatever its version, and give its place to others."""
+        self._forget({"model": model})
+
+    def models(self) -> dict[str, set[str]]:
+        """Return the versions of each model that this process shows anything of; a series without one counts as "".
+
+        The model without a name is none: under it is counted what reached no model.
+        """
+        shown: dict[str, set[str]] = {}
+        for family, series in self._placed():
+            names, values = family.label_names, series.labels
+            if len(names) == len(values) and "model" in names and (model := values[names.index("model")]):
+                shown.setdefault(model, set()).add(values[names.index("version")] if "version" in names else "")
+        return shown
+
+    def _placed(self) -> Iterator[tuple[AnyFamily, Series]]:
+        """Yield what this process's page holds, and the family that each is of."""
         for series in self.page.series():
-            family = families.get(series.name)
-            if family is None or len(family.label_names) != len(series.labels):
-                continue
-            labels = dict(zip(family.label_names, series.labels, strict=True))
-            if (labels.get("model"), labels.get("version")) != (model, version):
-                continue
-            if "version" in family.label_names[family.shown :] and not series.gauge:
-                self._keep_in_sums(family, series)
-            family.forget(series.labels)
-            gone.append(series)
-        self.page.forget(gone)
+            if series.name in self._kept:
+                yield self._kept[series.name], series
+
+    def _forget(self, wanted: Mapping[str, str]) -> None:
+        with self.page.lock:
+            self.page.forget([series for family, series in self._placed() if family.bears(series.labels, wanted)])
+            for family in self._kept.values():
+                family.forget(wanted)
 
     def _keep_in_sums(self, family: AnyFamily, series: Series) -> None:
         hidden = [""] * (len(series.labels) - family.shown)

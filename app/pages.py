@@ -48,8 +48,9 @@ _LINE = 32
 """Lines are multiples of it, so that one which is free fits the next series of its kind."""
 _RUNNING_SINCE = 9
 _COLLECTIONS = 16
-# The first slots are a waste bin: what finds no room is written there, and nobody reads it.
-_WASTE, _FIRST = _SLOTS // _SLOT, _SLOTS // _SLOT + MAX_WIDTH
+# The first slots are a waste bin: what finds no room, or is forgotten, is written there, and nobody reads it.
+WASTE = _SLOTS // _SLOT
+_FIRST = WASTE + MAX_WIDTH
 
 
 class WriterState(IntEnum):
@@ -87,7 +88,8 @@ class Page:
         """Of each series' line: its start and its length, in bytes."""
         self._free: list[tuple[int, int, int, int]] = []
         """Of each free line: its start and length, and width and first slot of the series that was there."""
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
+        """Held while series are entered, looked up or forgotten."""
         self._full = False
 
     @property
@@ -193,7 +195,7 @@ class Page:
 
     def series(self) -> list[Series]:
         """Return every series that has been entered so far."""
-        with self._lock:
+        with self.lock:
             self._read_directory()
             return list(self._series.values())
 
@@ -204,31 +206,34 @@ class Page:
         runs on without some number is better than one that fails for it.
         """
         assert 0 < width <= MAX_WIDTH, f"{name} is {width} slots wide"
-        with self._lock:
+        with self.lock:
             self._read_directory()
             known = self._series.get((name, labels, width))
             return self._enter(name, labels, width, gauge) if known is None else known.first
 
     def forget(self, gone: Sequence[Series]) -> None:
         """Take series off the directory; their places are given to others. Only the writer may."""
-        with self._lock, self._rewriting():
+        with self.lock, self._rewriting():
             for name, labels, width, _, first in gone:
-                start, length = self._places[name, labels, width]
+                start, length = self._places.pop((name, labels, width))
                 self._write_line(start, length, [None, [], width, False, first])
+                del self._series[name, labels, width]
+                self._free.append((start, length, width, first))
 
     def _enter(self, name: str, labels: tuple[str, ...], width: int, gauge: bool) -> int:
         first = _FIRST + int(self.slots[_SLOTS_USED])
         text = json.dumps([name, labels, width, gauge, first], ensure_ascii=True)
         length = -(-(len(text) + 1) // _LINE) * _LINE
-        for free in self._free:
-            if free[2] == width and free[1] >= length:
-                return self._reuse(free, name, labels, gauge)
+        fitting = [free for free in self._free if free[2] == width and free[1] >= length]
+        if fitting:
+            # The shortest: long lines are left to long labels.
+            return self._reuse(min(fitting, key=lambda free: free[1]), name, labels, gauge)
         end = self._directory_read + length
         if end > _SLOTS - _DIRECTORY or first + width > len(self.slots):
             if not self._full:
                 log.error("metrics page is full: new series are not shown", extra={"series": name, "page": self.number})
                 self._full = True
-            return _WASTE
+            return WASTE
         self._write_line(self._directory_read, length, [name, labels, width, gauge, first])
         self.slots[_SLOTS_USED] += width
         # Last: a reader takes only what is within this length.
@@ -242,15 +247,21 @@ class Page:
             self.slots[slot] = 0
         with self._rewriting():
             self._write_line(start, length, [name, labels, width, gauge, first])
+            self._free.remove(free)
+            self._series[name, labels, width] = Series(name, labels, width, gauge, first)
+            self._places[name, labels, width] = start, length
         return first
 
     @contextmanager
     def _rewriting(self) -> Iterator[None]:
-        """Change lines that readers have read; afterwards they read all of them again, and so does this process."""
-        epoch = int(self.slots[_EPOCH]) | 1  # odd: a line is being rewritten, or its writer was killed in the middle
+        """Change lines that readers have read, and read all of again; this process notes the changes itself."""
+        before = self.slots[_EPOCH]
+        epoch = int(before) | 1  # odd: a line is being rewritten, or its writer was killed in the middle
         self.slots[_EPOCH] = epoch
         try:
             yield
+            if self._epoch_read == before:
+                self._epoch_read = epoch + 1.0
         finally:
             self.slots[_EPOCH] = epoch + 1
             self._read_directory()

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from app.board import NO_WISH, Standing, Wish
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
+from app.gone import Gone
 from app.loading import Load, LoadedModel
 from app.metrics import Metrics
 from app.runs import Runs
@@ -28,8 +28,6 @@ from app.versions import THE_LATEST, Folder, Selection, Shelf, Stamp, stamp_of
 log = logging.getLogger(__name__)
 
 RETIRING_STEP_S, GARBAGE_S = 0.02, 5.0
-SHOWN_RETIRED = 5
-"""Versions of a model that are gone, and whose numbers are still shown: Prometheus should see their last ones."""
 
 
 class State(StrEnum):
@@ -215,7 +213,7 @@ class Repository:
         self._patience_s = patience_s
         self._served: dict[tuple[str | None, str | None], LoadedModel] = {}
         self._retiring: list[_Retirement] = []
-        self._gone: dict[str, deque[str]] = {}
+        self._gone = Gone(metrics)
         self._on_retired: Callable[[], None] = lambda: None
         for folder in folders:
             entry = Entry(folder.name, folder.path, active=folder.version)
@@ -327,6 +325,7 @@ class Repository:
             faults = self._refresh(folder, wish, refused or {}, starting)
         finally:
             self._metrics.reloaded(name, not faults)
+        self._settle()
         return faults
 
     def _refresh(self, folder: Folder, wish: Wish, refused: Mapping[str, str], starting: bool) -> dict[str, str]:
@@ -341,7 +340,6 @@ class Repository:
         change = _Change(entry, folder, wish, refused, starting)
         for number in entry.versions.keys() - change.versions.keys():
             self._hide(entry.versions[number])
-            self._count_gone(name, number)
         entry.versions = change.versions
         entry.changing = True
         try:
@@ -538,7 +536,8 @@ class Repository:
         self._on_retired()
 
     def _end_retirements(self, *, wait: bool) -> None:
-        for retirement in list(self._retiring):
+        before = list(self._retiring)
+        for retirement in before:
             if wait:
                 retirement.thread.join()
             # It tells of its end just before it ends.
@@ -546,6 +545,8 @@ class Repository:
             if not retirement.thread.is_alive():
                 self._retiring.remove(retirement)
                 self._forget(retirement.name, retirement.version)
+        if len(self._retiring) < len(before):
+            self._settle()
 
     def _forget(self, name: str, number: str) -> None:
         """Take a version that has ended off the lists."""
@@ -556,18 +557,18 @@ class Repository:
             version.state = State.UNLOADED
             if not version.directory.is_dir():
                 entry.versions = {key: other for key, other in entry.versions.items() if other is not version}
-        self._count_gone(name, number)
 
-    def _count_gone(self, name: str, number: str) -> None:
-        """Show the numbers of a version that is gone for a while yet."""
-        gone = self._gone.setdefault(name, deque())
-        if number not in gone:
-            gone.append(number)
-        if len(gone) > SHOWN_RETIRED:
-            oldest = gone.popleft()
-            entry = self.entries.get(name)
-            if entry is None or oldest not in entry.versions or not entry.versions[oldest].shown:
-                self._metrics.forget(name, oldest)
+    def _settle(self) -> None:
+        """Have shown what is there, and of what has gone the last few."""
+        if not self.started:  # whoever wrote this page before may have left numbers of what is yet to be loaded
+            return
+        there = {
+            name: {number for number, version in entry.versions.items() if version.shown}
+            for name, entry in self.entries.items()
+        }
+        for retirement in self._retiring:
+            there.setdefault(retirement.name, set()).add(retirement.version)
+        self._gone.settle(there)
 
     def _enter(self, version: Version, state: State, reason: str = "") -> None:
         version.reason, version.state = reason, state

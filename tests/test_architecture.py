@@ -43,6 +43,7 @@ FLOORS = {
     "app.tls": 2,
     "app.probes": 3,
     "app.golden": 4,
+    "app.gone": 3,
     "app.images": 2,
     "app.journal": 3,
     "app.keys": 1,

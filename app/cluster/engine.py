@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -42,6 +41,7 @@ from app.cluster.wire import (
     spoken,
 )
 from app.errors import ConvoyError, DeviceLostError, SettingsError, UnavailableError
+from app.gone import Gone
 from app.loading import Load, LoadedModel
 from app.metrics import Metrics
 from app.pages import LONG_AGO, WriterState
@@ -54,8 +54,6 @@ from app.vitals import Vitals
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
-SHOWN_GONE = 5
-"""Models that are closed, and whose numbers are still shown: Prometheus should see their last ones."""
 REASON_BYTES = SMALLEST_ROOM - 256
 
 
@@ -161,12 +159,11 @@ class EngineProcess:
         """
         self._progress = progress or Progress()
         self._page = metrics.page
-        self._metrics = metrics
         self._load = load
         self._loop = asyncio.get_running_loop()
         self._fronts: set[_Front] = set()
         self._models: dict[tuple[str, str, str, Stamp], _Opened] = {}
-        self._gone: deque[tuple[str, str]] = deque()
+        self._gone = Gone(metrics)
         # One at a time: ONNX Runtime while it makes a session, and a GPU's memory, want it so.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._stopping = self._device_lost = False
@@ -243,12 +240,10 @@ class EngineProcess:
             return
         threading.Thread(target=batcher.close, name=f"retire-{opened.name}", daemon=True).start()
         log.info("model closed", extra={"model": opened.name, "version": opened.version})
-        self._gone.append((opened.name, opened.version))
-        if len(self._gone) > SHOWN_GONE:
-            oldest = self._gone.popleft()
-            open_ones = {(other.name, other.version) for other in self._models.values()}
-            if oldest not in open_ones and oldest not in self._gone:
-                self._metrics.forget(*oldest)
+        there: dict[str, set[str]] = {}
+        for other in self._models.values():
+            there.setdefault(other.name, set()).add(other.version)
+        self._gone.settle(there)
 
 
 class _Front:

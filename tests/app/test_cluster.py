@@ -193,6 +193,22 @@ def test_fronts_share_a_model_and_its_batches_and_the_last_one_closes_it(tmp_pat
     asyncio.run(scenario())
 
 
+def test_an_engine_shows_the_last_few_of_the_models_that_are_closed(tmp_path):
+    async def scenario():
+        here = EngineHere(tmp_path, batcher_of(EchoSession()))
+        for number in range(8):
+            opened, _, _ = await here.engine.open(f"m{number}", "1", str(tmp_path))
+            here.engine.let_go(opened)
+        assert set(here.metrics.models()) == {"m3", "m4", "m5", "m6", "m7"}
+        opened, _, _ = await here.engine.open("m3", "1", str(tmp_path))
+        for number in range(10, 18):
+            here.engine.let_go((await here.engine.open(f"m{number}", "1", str(tmp_path)))[0])
+        assert set(here.metrics.models()) == {"m3", "m13", "m14", "m15", "m16", "m17"}
+        here.engine.let_go(opened)
+
+    asyncio.run(scenario())
+
+
 def test_who_waits_for_an_engine_that_dies_is_told_and_the_next_one_has_its_models(tmp_path):
     async def scenario():
         held = EchoSession(held=True)

@@ -478,6 +478,37 @@ def test_swaps_leave_no_threads_descriptors_or_series_behind(models):
         assert late == early
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_models_that_come_and_go_leave_no_series_behind(models, workers):
+    def shown(server: ConvoyProcess) -> set[str]:
+        return {key.split('model="')[1].split('"')[0] for key in server.metrics() if 'model="' in key} - {""}
+
+    def come(server: ConvoyProcess, name: str) -> float:
+        make_version(models.parent / "elsewhere", "1", name)
+        (models.parent / "elsewhere" / name).rename(models / name)
+        wait_for(lambda: server.client.get(f"/models/{name}").status_code == 200)
+        ask(server, "/models/colours/load")  # answered when every worker has done all that was asked for before
+        answer_of(server.client, f"/models/{name}/predict")
+        return server.metrics()[f'convoy_images_total{{model="{name}",version="1"}}']
+
+    def go(server: ConvoyProcess, name: str) -> None:
+        shutil.rmtree(models / name)
+        wait_for(lambda: server.client.get(f"/models/{name}").status_code == 404)
+        ask(server, "/models/colours/load")
+
+    with operated(models, default_model="colours", watch_s=0.1, workers=workers) as server:
+        assert come(server, "passing-0") == 1
+        go(server, "passing-0")
+        assert come(server, "passing-0") == 2, "it came back while it was shown"
+        go(server, "passing-0")
+        for number in range(1, 8):
+            come(server, f"passing-{number}")
+            go(server, f"passing-{number}")
+        last = {f"passing-{number}" for number in range(3, 8)}
+        wait_for(lambda: shown(server) == {"colours", *last})
+        assert answer_of(server.client) == "1"
+
+
 @pytest.mark.parametrize(
     ("versions", "expected"),
     [
