@@ -15,7 +15,7 @@ from app.scores import Score, top_k
 from app.sessions import ClassifierSession, place
 from app.settings import Settings
 from app.tensorrt import Engines
-from app.versions import default_of, find_models
+from app.versions import Shelf, default_of, find_models
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
@@ -76,7 +76,7 @@ def find_bundle(settings: Settings, name: str | None) -> Bundle:
         UnknownModelError: there is no such model.
         BundleError: its manifest cannot be read.
     """
-    entries = {entry.name: entry for entry in find_models(settings.models, settings.model_name)}
+    entries = {entry.name: entry for entry in find_models(Shelf(settings.models, settings.model_name))}
     name = name or default_of(entries, settings.default_model)
     if not name:
         raise UnknownModelError(f"No model is the default one: give --model, one of {', '.join(entries)}.")

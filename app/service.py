@@ -101,7 +101,7 @@ class Service:
         # Models may have come and gone since the service started: what held then is not asked of a later worker.
         is_first = board.read().default is None
         shelf = Shelf(settings.models, settings.model_name)
-        folders = find_models(shelf.root, shelf.only) if is_first else shelf.folders()
+        folders = find_models(shelf) if is_first else shelf.folders()
         names = {folder.name for folder in folders}
         self._notes = board.join(default_of(names, settings.default_model) if is_first else "")
         self.repository = Repository(

@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -162,14 +162,25 @@ class Shelf:
 
     root: Path
     only: str = ""
+    _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Names of the folders that it was said of that they are no models': it is looked at again and again."""
 
     def names(self) -> list[str]:
-        """Return the names of all models.
+        """Return the names of all models; of each folder that cannot be one, that is said once.
 
         Raises:
             OSError: the directory cannot be read.
         """
-        return [self.only] if self.only else names_in(self.root)
+        if self.only:
+            return [self.only]
+        found = sorted(path.name for path in self.root.iterdir() if not path.name.startswith(".") and path.is_dir())
+        names = [name for name in found if re.fullmatch(NAME_PATTERN, name)]
+        others = set(found).difference(names)
+        for name in sorted(others - self._told):
+            log.warning("folder passed over: not a model's name", extra={"folder": ascii(str(self.root / name))})
+        self._told.intersection_update(others)  # one that has gone, and comes back, is news
+        self._told.update(others)
+        return names
 
     def path_of(self, name: str) -> Path:
         """Return where a model's folder is, or would be."""
@@ -188,41 +199,20 @@ class Shelf:
         return [self.read(name) for name in self.names()]
 
 
-def find_models(root: Path, only: str = "") -> list[Folder]:
-    """Return the models' folders under `root`; hidden names and files are passed over.
+def find_models(shelf: Shelf) -> list[Folder]:
+    """Return the models' folders, of which there must be one; hidden names and files are passed over.
 
     A folder without a version in it is one too: it is somebody's mistake, to be told.
 
-    Args:
-        root: the models directory.
-        only: the name of the one model that it is itself, if it is.
-
     Raises:
-        SettingsError: `root` is no directory, or holds no folder.
+        SettingsError: the models directory is none, or holds no folder.
     """
-    if not root.is_dir():
-        raise SettingsError(f"The models directory {root} does not exist: set --models or CONVOY_MODELS.")
-    folders = Shelf(root, only).folders()
+    if not shelf.root.is_dir():
+        raise SettingsError(f"The models directory {shelf.root} does not exist: set --models or CONVOY_MODELS.")
+    folders = shelf.folders()
     if not folders:
-        raise SettingsError(f"The models directory {root} holds no bundle (<name>/<version>/model.json).")
+        raise SettingsError(f"The models directory {shelf.root} holds no bundle (<name>/<version>/model.json).")
     return folders
-
-
-def names_in(root: Path) -> list[str]:
-    """Return the names of all models under `root`.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    names = []
-    for directory in sorted(root.iterdir()):
-        if directory.name.startswith(".") or not directory.is_dir():
-            continue
-        if re.fullmatch(NAME_PATTERN, directory.name):
-            names.append(directory.name)
-        else:
-            log.warning("folder passed over: not a model's name", extra={"folder": ascii(str(directory))})
-    return names
 
 
 def read_folder(path: Path, named: str = "") -> Folder:

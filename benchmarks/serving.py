@@ -22,7 +22,7 @@ from app.bench.report import Report
 from app.bench.requests import Endpoint, build_requests
 from app.cpus import machine
 from app.manifest import read_bundle
-from app.versions import find_models
+from app.versions import Shelf, find_models
 from benchmarks.server import serving
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def main() -> None:
 def scenarios() -> list[Scenario]:
     """Return one scenario for each shipped model."""
     found = []
-    for entry in find_models(ROOT / "models"):
+    for entry in find_models(Shelf(ROOT / "models")):
         bundle = read_bundle(entry.directory)
         file = IMAGES.get(entry.name, bundle.manifest.golden.images[0].file)
         found.append(Scenario(entry.name, bundle.directory / file))
@@ -87,7 +87,7 @@ def scenarios() -> list[Scenario]:
 
 
 def ceiling_of(scenario: Scenario) -> Ceiling:
-    directory = next(entry.directory for entry in find_models(ROOT / "models") if entry.name == scenario.model)
+    directory = next(entry.directory for entry in find_models(Shelf(ROOT / "models")) if entry.name == scenario.model)
     return measure_ceiling(read_bundle(directory), [scenario.image.read_bytes()], CEILING_S)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from app.manifest import Bundle, read_bundle
-from app.versions import find_models
+from app.versions import Shelf, find_models
 from benchmarks.server import serving
 from training.classifiers import open_classifier, torch_run
 from training.data.arrays import decode_picture, read_listing
@@ -35,7 +35,7 @@ BATCH = 100
 
 def main() -> None:
     options = parse()
-    entry = next(entry for entry in find_models(ROOT / "models") if entry.name == options.model)
+    entry = next(entry for entry in find_models(Shelf(ROOT / "models")) if entry.name == options.model)
     bundle = read_bundle(entry.directory)
     listing = read_listing(options.data).relabelled(bundle.manifest.labels)
     pictures = listing.part("test") or listing.part("all")

@@ -11,7 +11,7 @@ from app.golden import prove
 from app.loading import check_graph
 from app.manifest import Bundle, read_bundle, verify_files
 from app.sessions import ClassifierSession
-from app.versions import find_models
+from app.versions import Shelf, find_models
 from benchmarks import models
 from benchmarks.models import BEGIN, END
 from tests.servers import convoy
@@ -22,7 +22,7 @@ README = (ROOT / "models/README.md").read_text()
 TABLE = README.partition(BEGIN)[2].partition(END)[0]
 ROWS = dict(re.findall(r"^\| `([a-z0-9-]+/\d+)` \| (.*) \|$", TABLE, re.MULTILINE))
 NAMES = {name.partition("/")[0] for name in ROWS}
-SHIPPED = [entry for entry in find_models(ROOT / "models") if entry.name in NAMES]
+SHIPPED = [entry for entry in find_models(Shelf(ROOT / "models")) if entry.name in NAMES]
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda entry: entry.name)

@@ -79,7 +79,7 @@ def test_what_is_no_version_is_passed_over(folder):
         (folder / name).mkdir()
     (folder / "4").write_text("a file")
     assert read_folder(folder).versions == ("1", "2", "10")
-    assert [found.directory.name for found in find_models(folder.parent)] == ["10"]
+    assert [found.directory.name for found in find_models(Shelf(folder.parent))] == ["10"]
 
 
 @pytest.fixture
@@ -87,6 +87,25 @@ def watched(tmp_path: Path) -> tuple[Watcher, Path]:
     root = tmp_path / "models"
     make_bundle(root, "m", "1")
     return Watcher(Shelf(root)), root / "m"
+
+
+def test_a_folder_that_is_no_model_is_said_once_however_often_it_is_looked_at(tmp_path, caplog):
+    shelf = Shelf(tmp_path / "models")
+    make_bundle(shelf.root, "m", "1")
+    (shelf.root / "lost+found").mkdir()
+    assert [folder.name for folder in find_models(shelf)] == ["m"]
+    watcher = Watcher(shelf)
+    for _ in range(3):
+        assert watcher.changed() == []
+    assert [record.folder for record in caplog.records] == [repr(str(shelf.root / "lost+found"))]
+    (shelf.root / "Other").mkdir()
+    watcher.changed()
+    (shelf.root / "Other").rmdir()
+    watcher.changed()
+    assert len(caplog.records) == 2
+    (shelf.root / "Other").mkdir()
+    watcher.changed()
+    assert len(caplog.records) == 3
 
 
 def test_a_version_that_is_moved_there_whole_is_told_at_the_first_look(watched):
@@ -168,17 +187,17 @@ def test_a_directory_that_cannot_be_read_for_a_while_is_no_change(watched):
 def test_a_directory_may_be_one_model_with_its_versions_or_one_version(tmp_path):
     make_bundle(tmp_path, "colours", "3")
     make_bundle(tmp_path, "colours", "12")
-    [versions] = find_models(tmp_path / "colours", "pets")
+    [versions] = find_models(Shelf(tmp_path / "colours", "pets"))
     assert (versions.name, versions.versions, versions.directory) == ("pets", ("3", "12"), tmp_path / "colours/12")
-    [version] = find_models(tmp_path / "colours/3", "pets")
+    [version] = find_models(Shelf(tmp_path / "colours/3", "pets"))
     assert (version.name, version.versions, version.directory) == ("pets", ("3",), tmp_path / "colours/3")
     assert Watcher(Shelf(tmp_path / "colours/3", "pets")).changed() == []
     (tmp_path / "graph").mkdir()
     shutil.copy(tmp_path / "colours/3/model.onnx", tmp_path / "graph")
-    [graph] = find_models(tmp_path / "graph", "pets")
+    [graph] = find_models(Shelf(tmp_path / "graph", "pets"))
     assert (graph.versions, graph.directory) == (("1",), tmp_path / "graph")
     # Without a name it is a directory of models, as ever.
-    assert [folder.name for folder in find_models(tmp_path / "colours")] == ["12", "3"]
+    assert [folder.name for folder in find_models(Shelf(tmp_path / "colours"))] == ["12", "3"]
 
 
 def test_one_model_that_is_its_directory_is_seen_to_change(tmp_path):
