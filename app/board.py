@@ -18,6 +18,8 @@ from app.pages import Page, private_page
 _WRITING, _TURN = range(2)
 """What the first two bytes of the pages' memory are locks of; no process ever has to be told of a dead holder."""
 TURN_STEP_S = 0.02
+MOST_ASKED = 1_000
+"""Models of which it is kept when they were last asked for; a worker that is further behind looks at all there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Notes:
         generation: of the last change; grows with each.
         default: the default model's name, as the first worker found it; None: none has looked yet.
         asked: by model, the generation in which it was last asked for.
+        forgotten: generation up to which it may not be known any more what was asked for.
         wishes: by model.
         refused: by model and version, the generation in which it failed somewhere, and why.
         standing: what goes on instead, by model: for workers that start later.
@@ -62,6 +65,7 @@ class Notes:
     generation: int = 0
     default: str | None = None
     asked: dict[str, int] = field(default_factory=dict)
+    forgotten: int = 0
     wishes: dict[str, Wish] = field(default_factory=dict)
     refused: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
     standing: dict[str, Standing] = field(default_factory=dict)
@@ -112,6 +116,8 @@ class Board:
                     del notes.wishes[name]
                 notes.refused.pop(name, None)
                 notes.standing.pop(name, None)
+            for name in sorted(notes.asked, key=notes.asked.__getitem__)[:-MOST_ASKED]:
+                notes.forgotten = notes.asked.pop(name)
             return notes.generation
 
     def refuse(self, name: str, faults: Mapping[str, tuple[int, str]], standing: Standing) -> None:
@@ -176,7 +182,8 @@ def _notes_of(content: Mapping[str, Any]) -> Notes:
         for name, versions in content["refused"].items()
     }
     standing = {name: Standing(active, aliases) for name, (active, aliases) in content["standing"].items()}
-    return Notes(content["generation"], content["default"], content["asked"], wishes, refused, standing)
+    asked = content["asked"]
+    return Notes(content["generation"], content["default"], asked, content["forgotten"], wishes, refused, standing)
 
 
 def _as_json(notes: Notes) -> dict[str, Any]:
@@ -184,6 +191,7 @@ def _as_json(notes: Notes) -> dict[str, Any]:
         "generation": notes.generation,
         "default": notes.default,
         "asked": notes.asked,
+        "forgotten": notes.forgotten,
         "wishes": {name: [wish.off, sorted(wish.on), sorted(wish.out)] for name, wish in notes.wishes.items()},
         "refused": notes.refused,
         "standing": {name: [what.active, dict(what.aliases)] for name, what in notes.standing.items()},

@@ -237,7 +237,7 @@ class Operations:
             return
         self._watched_at = time.monotonic()
         try:
-            changed = self._watcher.changed()
+            changed = self._watcher.changed(self._repository.entries)
         except OSError as error:
             log.error("models directory cannot be read", extra={"reason": str(error)})
             return
@@ -248,7 +248,11 @@ class Operations:
         others = [page.number for page in self._pages if page.pid and page.state is WriterState.READY]
         if self._seen and self._page.number <= min(others, default=self._page.number):
             log.info("models directory has changed", extra={"models": [*self._seen]})
-            self._board.ask([*self._seen])
+            try:
+                self._board.ask([*self._seen])
+            except UnavailableError as error:  # the thread must go on, and tries again
+                log.error("the change is not taken up yet", extra={"reason": error.message})
+                return
             self._seen = {}
 
     def _catch_up(self) -> None:
@@ -259,10 +263,19 @@ class Operations:
             if not mine:
                 return
             notes = self._board.read()  # again: what another worker has found out meanwhile counts
-            for name, generation in sorted(notes.asked.items(), key=lambda item: item[1]):
+            asked = self._everything(notes.forgotten) if self._applied < notes.forgotten else {}
+            for name, generation in sorted((asked | notes.asked).items(), key=lambda item: item[1]):
                 if generation > self._applied:
                     self._apply(name, generation, notes)
             self._applied = max(self._applied, notes.generation)
+
+    def _everything(self, generation: int) -> dict[str, int]:
+        """Return all models there are, as asked for in a generation: for who is so far behind that it is forgotten."""
+        try:
+            return dict.fromkeys(self._all_names(), generation)
+        except UnavailableError as error:
+            log.error("models directory cannot be read", extra={"reason": error.message})
+            return dict.fromkeys(self._repository.entries, generation)
 
     def _apply(self, name: str, generation: int, notes: Notes) -> None:
         refused = {
@@ -281,4 +294,7 @@ class Operations:
         entry = self._repository.entries.get(name)
         standing = Standing(entry.active, entry.aliases) if entry else Standing()
         reasons.pop("", None)
-        self._board.refuse(name, {version: (generation, reason) for version, reason in reasons.items()}, standing)
+        try:
+            self._board.refuse(name, {version: (generation, reason) for version, reason in reasons.items()}, standing)
+        except UnavailableError as error:  # then each worker finds it out by itself
+            log.error("the other workers are not told", extra={"model": name, "reason": error.message})

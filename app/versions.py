@@ -325,8 +325,11 @@ class Watcher:
         self._shelf = shelf
         self._known = self._before = self._look()
 
-    def changed(self) -> list[str]:
+    def changed(self, served: Collection[str] = ()) -> list[str]:
         """Return the names of models that have changed, each change once.
+
+        Args:
+            served: models that are there; one whose folder came and went between two looks is told, too.
 
         Raises:
             OSError: the models directory cannot be read; what is known stays.
@@ -344,7 +347,7 @@ class Watcher:
                 self._known[name] = now[name]
             else:
                 del self._known[name]
-        return told
+        return [*told, *(name for name in served if name not in now and name not in self._known and name not in told)]
 
     def _look(self) -> dict[str, dict[str, Stamp]]:
         """Return the stamp of each version by its model and number; that of `versions.toml` is under its own name."""

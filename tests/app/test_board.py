@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from app.board import NO_WISH, Board, Standing, Wish
+from app.board import MOST_ASKED, NO_WISH, Board, Standing, Wish
 from app.errors import UnavailableError
 from app.pages import create_shared, open_common, open_shared
 
@@ -106,8 +106,16 @@ def test_more_than_the_board_holds_is_refused_and_what_is_there_stays():
     board = Board()
     before = board.ask(["m"])
     with pytest.raises(UnavailableError):
-        board.ask(f"{number}" * 10 for number in range(5000))
+        board.ask(f"{number}" * 100 for number in range(5000))
     assert board.read().asked == {"m": before}
+
+
+def test_of_many_models_it_is_kept_when_the_last_were_asked_for():
+    board = Board()
+    generations = {f"m{number}": board.ask([f"m{number}"]) for number in range(MOST_ASKED + 2)}
+    notes = board.read()
+    assert notes.forgotten == generations["m1"]
+    assert notes.asked == {name: since for name, since in generations.items() if since > notes.forgotten}
 
 
 def test_the_board_is_no_page_of_a_worker(memory):

@@ -11,11 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from app.board import MOST_ASKED, Board
 from app.keys import Access, make_key
+from app.operations import Operations
+from app.pages import private_page
+from app.versions import Shelf
 from tests.app import test_lifecycle
 from tests.app.watching import is_running, logged_with, messages, wait_for, worker_pids
 from tests.bundles import make_bundle, plain_image
@@ -366,6 +371,36 @@ def test_a_watched_directory_is_followed(models, tmp_path):
         shutil.rmtree(models / "new")
         wait_for(lambda: server.client.get("/models/new").status_code == 404)
         assert server.client.get("/readyz").status_code == 200
+
+
+def test_a_model_that_is_loaded_and_deleted_between_two_looks_goes(models):
+    with operated(models, watch_s=1) as server:
+        make_version(models, "1", "other")
+        ask(server, "/models/other/load")
+        shutil.rmtree(models / "other")
+        wait_for(lambda: "other" not in server.client.get("/readyz").json()["models"])
+
+
+def test_a_worker_that_is_behind_what_the_board_keeps_looks_at_all(models):
+    looked_at = []
+    repository = SimpleNamespace(
+        shelf=Shelf(models),
+        entries={},
+        default="colours",
+        call_when_retired=lambda _: None,
+        expect=lambda _: None,
+        refresh=lambda name, *_: looked_at.append(name) or {},
+    )
+    board, page = Board(), private_page()
+    operations = Operations(repository, board, page, [page])
+    operations.start(board.join("colours"))
+    for number in range(MOST_ASKED + 1):
+        board.ask([f"gone{number}"])
+    operations._catch_up()
+    assert looked_at[0] == "colours", "in the models directory, and maybe among what is forgotten"
+    assert len(looked_at) == MOST_ASKED + 1
+    operations._catch_up()
+    assert len(looked_at) == MOST_ASKED + 1
 
 
 def test_a_version_that_is_copied_file_by_file_is_taken_when_it_is_whole(models, tmp_path):

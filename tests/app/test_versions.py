@@ -89,6 +89,12 @@ def watched(tmp_path: Path) -> tuple[Watcher, Path]:
     return Watcher(Shelf(root)), root / "m"
 
 
+def test_a_model_whose_folder_came_and_went_between_two_looks_is_told(watched):
+    watcher, _ = watched
+    assert watcher.changed(["m", "loaded meanwhile"]) == ["loaded meanwhile"]
+    assert watcher.changed(["m"]) == []
+
+
 def test_a_folder_that_is_no_model_is_said_once_however_often_it_is_looked_at(tmp_path, caplog):
     shelf = Shelf(tmp_path / "models")
     make_bundle(shelf.root, "m", "1")
