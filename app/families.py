@@ -143,7 +143,9 @@ class Family(Generic[Child]):
         if child is None:
             assert len(values) == len(self.label_names), f"{self.name} has the labels {self.label_names}"
             with self._page.lock:  # others may be forgetting
-                child = self._children[values] = self._make(tuple(map(str, values)))
+                child = self._children.get(values)  # or have just made it: of two, one would never be let go
+                if child is None:
+                    child = self._children[values] = self._make(tuple(map(str, values)))
         return child
 
     def bears(self, values: Sequence[object], wanted: Mapping[str, str]) -> bool:
@@ -309,7 +311,7 @@ class Shares(Bins):
 
     def replace(self, values: tuple[str, ...], shares: Sequence[float]) -> None:
         """Show these shares, and none of other bins that the same labels had."""
-        for known, child in self._children.items():
+        for known, child in list(self._children.items()):  # an engine forgets on another thread
             if known[:-1] == values[:-1]:
                 child.set(0, NO_VALUE)
         child = self.labels(*values)

@@ -244,7 +244,8 @@ class Operations:
         notes = self._board.read()
         self._seen |= dict.fromkeys(changed, notes.generation)
         # What another worker has asked for since is done with; the rest is this one's, if the one before it dies.
-        self._seen = {name: since for name, since in self._seen.items() if notes.asked.get(name, 0) <= since}
+        asked, forgotten = notes.asked, notes.forgotten
+        self._seen = {name: since for name, since in self._seen.items() if asked.get(name, forgotten) <= since}
         others = [page.number for page in self._pages if page.pid and page.state is WriterState.READY]
         if self._seen and self._page.number <= min(others, default=self._page.number):
             log.info("models directory has changed", extra={"models": [*self._seen]})

@@ -102,6 +102,8 @@ class Connection(HttpToolsProtocol):
         """Read since a head, a piece of a body or a request last was complete."""
         self._longest_head = 0
         """The head that is being read has no more bytes; what else was complete in its first read counts too."""
+        self._is_over = False
+        """What came last is no HTTP: that is said when those before it are answered, and nothing is read any more."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to read."""
@@ -110,6 +112,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what was read; a request that is not all there is handed to uvicorn."""
+        if self._is_over:
+            return
         if self._between and self._application is not None and self._is_free():
             known = self._application.heads.split(data)
             if known is not None:
@@ -196,6 +200,8 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+        elif self._is_over:
+            self._say_last(400, _NO_HTTP)
         else:
             self._idle_since = self.loop.time()
 
@@ -278,7 +284,10 @@ class Connection(HttpToolsProtocol):
         except HttpParserError:
             if not self.transport.is_closing():  # else what is wrong has been said
                 self.logger.warning("Invalid HTTP request received.")
-                self._say_last(400, _NO_HTTP)
+                if self._awaits_answers_alone():
+                    self._is_over = True
+                else:
+                    self._say_last(400, _NO_HTTP)
 
     def _start_parser(self) -> None:
         """Have a parser that has read nothing: the one before may have been told that its request is the last."""
@@ -317,6 +326,11 @@ class Connection(HttpToolsProtocol):
     def _is_free(self) -> bool:
         """Tell whether every request that has come is answered."""
         return self.cycle is None or self.cycle.response_complete
+
+    def _awaits_answers_alone(self) -> bool:
+        """Tell whether what came before is whole, and not all of it answered: who sent it takes 400 for its answer."""
+        last: Any = self.cycle
+        return not self._is_free() and (isinstance(last, WholeRequest) or not last.more_body)
 
     def _may_be_whole(self) -> bool:
         """Tell whether this is a prediction that nothing stands in the way of, as a request before it would."""

@@ -236,10 +236,20 @@ def test_a_whole_request_before_half_of_the_next(server):
             assert [client.answer().best for _ in range(3)] == ["colours: red", "colours: green", "colours: blue"]
 
 
-@pytest.mark.parametrize("first", [request(RED), request(RED, "/models/nobody/predict"), request(RED)[:-1]])
-def test_what_is_no_http_is_told_once_and_ends_the_connection(server, first):
+BEFORE = {
+    "nothing": (b"", []),
+    "whole": (request(RED), ["colours: red"]),
+    "refused": (request(RED, "/models/nobody/predict"), ["unknown_model"]),
+    "several": (request(RED) + chunked(GREEN) + infer(BLUE), ["colours: red", "colours: green", "colours: blue"]),
+    "half": (b"POST /predict HTTP/1.1\r\nHost: convoy\r\nTransfer-Encoding: chunked\r\n\r\n", []),
+}
+
+
+@pytest.mark.parametrize(("before", "answers"), BEFORE.values(), ids=BEFORE)
+def test_what_is_no_http_is_told_after_the_answers_to_what_was_and_ends_the_connection(server, before, answers):
     with wire(server) as client:
-        client.send(first + (b"" if first.endswith(RED) else RED[-1:]) + b"no http at all\r\n\r\n")
+        client.send(before + b"no http at all\r\n\r\n")
+        assert [client.answer().best for _ in answers] == answers
         answer = client.answer()
         assert (answer.status, answer.headers["content-type"], answer.best) == (400, "application/json", "bad_request")
         assert client.ended()

@@ -1,5 +1,6 @@
 """What has gone is shown for a while, and gives its place to others."""
 
+import threading
 import time
 
 import pytest
@@ -171,3 +172,20 @@ def test_a_model_that_found_no_room_is_shown_when_it_comes_back_and_there_is_som
     metrics.forget_model("m")
     used(metrics, "m")
     assert samples(metrics)['convoy_images_total{model="m",version="1"}'] == 1
+
+
+def test_two_threads_that_show_a_series_at_once_hold_one_child_which_is_let_go():
+    metrics = Metrics()
+    children = []
+    with metrics.page.lock:
+        threads = [threading.Thread(target=lambda: children.append(metrics.images.labels("m", "1"))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)  # both have found none, and wait for the lock
+    for thread in threads:
+        thread.join()
+    metrics.forget_model("m")
+    other = metrics.images.labels("other", "1")
+    for child in children:
+        child.inc()
+    assert other.get() == 0

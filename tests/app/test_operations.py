@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import pytest
 from app.board import MOST_ASKED, Board
 from app.keys import Access, make_key
 from app.operations import Operations
-from app.pages import private_page
+from app.pages import WriterState, create_shared, open_common, open_shared, private_page
 from app.versions import Shelf
 from tests.app import test_lifecycle
 from tests.app.watching import is_running, logged_with, messages, wait_for, worker_pids
@@ -579,3 +580,33 @@ def test_a_broken_policy_at_the_start_serves_nothing_that_nobody_meant(models):
         policy.write_text("active = '1'\n")
         assert ask(server, "/models/colours/load")["reason"] == ""
         assert answer_of(server.client) == "1"
+
+
+def test_a_worker_that_takes_over_the_watch_asks_for_nothing_that_was_asked_for_long_ago(models):
+    repository = SimpleNamespace(
+        shelf=Shelf(models),
+        entries={},
+        default="colours",
+        call_when_retired=lambda _: None,
+        expect=lambda _: None,
+        refresh=lambda *_: {},
+    )
+    descriptor = create_shared(2)
+    first, second = open_shared(descriptor)
+    board = Board(open_common(descriptor), descriptor)
+    operations = Operations(repository, board, second, [first, second], watch_s=0.001)
+    operations.start(board.join("colours"))
+    first.take_over(1)
+    first.tell(WriterState.READY, {})
+    names = [f"m{number}" for number in range(MOST_ASKED + 100)]
+    for name in names:
+        (models / name).mkdir()
+    for _ in range(2):  # they rest
+        time.sleep(0.002)
+        operations._watch()
+    board.ask(names)  # the first worker does
+    first.release()
+    before = board.read().generation
+    time.sleep(0.002)
+    operations._watch()
+    assert board.read().generation == before
