@@ -7,7 +7,7 @@ worker that starts later reads the same. Knows nothing of models: a wish is unde
 import fcntl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,12 @@ from app.pages import Page, private_page
 _WRITING, _TURN = range(2)
 """What the first two bytes of the pages' memory are locks of; no process ever has to be told of a dead holder."""
 TURN_STEP_S = 0.02
+Name = tuple[str, ...]
+"""A model, or a version of one: its name, and its number."""
+READS = 50
+"""How often the board is read again that is being written: a note takes less than a few reads to write."""
+MOST_HIDDEN = 200
+"""Names that are hidden: until the last worker has forgotten them, which it does with the next change at the latest."""
 MOST_ASKED = 1_000
 """Models of which it is kept when they were last asked for; a worker that is further behind looks at all there are."""
 
@@ -57,6 +63,7 @@ class Notes:
         default: the default model's name, as the first worker found it; None: none has looked yet.
         asked: by model, the generation in which it was last asked for.
         forgotten: generation up to which it may not be known any more what was asked for.
+        hidden: what has gone and is not shown any more, whichever worker still has numbers of it.
         wishes: by model.
         refused: by model and version, the generation in which it failed somewhere, and why.
         standing: what goes on instead, by model: for workers that start later.
@@ -66,6 +73,7 @@ class Notes:
     default: str | None = None
     asked: dict[str, int] = field(default_factory=dict)
     forgotten: int = 0
+    hidden: list[Name] = field(default_factory=list)
     wishes: dict[str, Wish] = field(default_factory=dict)
     refused: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
     standing: dict[str, Standing] = field(default_factory=dict)
@@ -126,6 +134,24 @@ class Board:
             notes.refused[name] = dict(faults)
             notes.standing[name] = standing
 
+    def hidden(self) -> list[Name]:
+        """Return what is hidden, also while the board is being written."""
+        for _ in range(READS):
+            notes = self.read()
+            if notes.generation:
+                return notes.hidden
+        return []
+
+    def hide(self, gone: Collection[Name], there: Mapping[str, Collection[str]]) -> list[Name]:
+        """Write down what is not to be shown any more, but for what is there again; returns all that is hidden."""
+        hidden = self.hidden()
+        if not gone and not any(_is_there(name, there) for name in hidden):
+            return hidden
+        with self._changing() as notes:
+            known = dict.fromkeys([*notes.hidden, *gone])
+            notes.hidden = [name for name in known if not _is_there(name, there)][-MOST_HIDDEN:]
+            return notes.hidden
+
     @contextmanager
     def turn(self, stopping: threading.Event) -> Iterator[bool]:
         """Be the only worker that changes its models, for a `with` block; False: it stops before its turn."""
@@ -168,6 +194,10 @@ class Board:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, which)
 
 
+def _is_there(name: Name, there: Mapping[str, Collection[str]]) -> bool:
+    return name[0] in there and (len(name) == 1 or name[1] in there[name[0]])
+
+
 def _next(generation: int) -> int:
     """Return the next generation: by the clock too, so that it grows where a killed writer has spoilt the notes."""
     return max(generation + 1, time.monotonic_ns() // 1000)
@@ -182,8 +212,17 @@ def _notes_of(content: Mapping[str, Any]) -> Notes:
         for name, versions in content["refused"].items()
     }
     standing = {name: Standing(active, aliases) for name, (active, aliases) in content["standing"].items()}
-    asked = content["asked"]
-    return Notes(content["generation"], content["default"], asked, content["forgotten"], wishes, refused, standing)
+    hidden = [tuple(name) for name in content["hidden"]]
+    return Notes(
+        generation=content["generation"],
+        default=content["default"],
+        asked=content["asked"],
+        forgotten=content["forgotten"],
+        hidden=hidden,
+        wishes=wishes,
+        refused=refused,
+        standing=standing,
+    )
 
 
 def _as_json(notes: Notes) -> dict[str, Any]:
@@ -192,6 +231,7 @@ def _as_json(notes: Notes) -> dict[str, Any]:
         "default": notes.default,
         "asked": notes.asked,
         "forgotten": notes.forgotten,
+        "hidden": notes.hidden,
         "wishes": {name: [wish.off, sorted(wish.on), sorted(wish.out)] for name, wish in notes.wishes.items()},
         "refused": notes.refused,
         "standing": {name: [what.active, dict(what.aliases)] for name, what in notes.standing.items()},

@@ -15,6 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 
+from app.board import Board
 from app.cpus import throttling
 from app.families import (
     Age,
@@ -82,6 +83,7 @@ class Metrics:
         self.pages = pages or [self.page]
         self.engines = engines
         self._counted = [*self.pages, *engines, *([common] if common else [])]
+        self._board = Board(common) if common else None
         self.families: dict[str, AnyFamily] = {}
         self.slo_s = slo_s
         self._declare_requests(tuple(sorted({*LATENCY_BUCKETS_S, slo_s})))
@@ -99,7 +101,7 @@ class Metrics:
         else:
             PlatformCollector(registry=self.registry)
             self.registry.register(_Processes([*self.pages, *engines]))
-        self.registry.register(_Totals(self.families, self._counted))
+        self.registry.register(_Totals(self.families, self._counted, self._board))
         self.registry.register(_States(self.pages, engines))
         self.registry.register(_Throttling())
 
@@ -373,7 +375,7 @@ class Metrics:
 
     def sums(self, *names: str) -> dict[str, dict[tuple[str, ...], list[float]]]:
         """Return the slots of every series of some families, by all its labels, joined over all pages."""
-        return joined({name: self.families[name] for name in names}, self._counted)
+        return _joined({name: self.families[name] for name in names}, self._counted, self._board)
 
 
 class ModelMetrics:
@@ -419,11 +421,11 @@ class ModelMetrics:
 class _Totals(Collector):
     """The declared families, summed over pages."""
 
-    def __init__(self, families: dict[str, AnyFamily], pages: Sequence[Page]) -> None:
-        self._families, self._pages = families, pages
+    def __init__(self, families: dict[str, AnyFamily], pages: Sequence[Page], board: Board | None) -> None:
+        self._families, self._pages, self._board = families, pages, board
 
     def collect(self) -> Iterator[Metric]:
-        by_name = joined(self._families, self._pages)
+        by_name = _joined(self._families, self._pages, self._board)
         exemplars = joined(_exemplars_of(self._families), self._pages)
         for name, family in self._families.items():
             totals = shown(family, by_name[name])
@@ -431,6 +433,33 @@ class _Totals(Collector):
                 yield family.expose(totals, shown(family.exemplars, exemplars[family.exemplars.name]))
             else:
                 yield family.expose(totals)
+
+
+def _joined(
+    families: Mapping[str, AnyFamily], pages: Sequence[Page], board: Board | None
+) -> dict[str, dict[tuple[str, ...], list[float]]]:
+    """Return the slots of every series of some families, joined over pages, but for what is hidden.
+
+    That is asked last: what a worker has forgotten meanwhile it has hidden before.
+    """
+    by_name = joined(families, pages)
+    hidden = set() if board is None else set(board.hidden())
+    if not hidden:
+        return by_name
+    for name, family in families.items():
+        names = family.label_names
+        if "model" not in names:
+            continue
+        labels = [names.index("model")]
+        if "version" in names[: family.shown]:  # else it is in a sum, and stays there
+            labels.append(names.index("version"))
+        places = [labels[:1], labels]
+        by_name[name] = {
+            series: values
+            for series, values in by_name[name].items()
+            if not any(tuple([series[at] for at in place]) in hidden for place in places)
+        }
+    return by_name
 
 
 def _exemplars_of(families: Mapping[str, AnyFamily]) -> dict[str, AnyFamily]:

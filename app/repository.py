@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from app.board import NO_WISH, Standing, Wish
+from app.board import NO_WISH, Board, Standing, Wish
 from app.errors import BundleError, ConvoyError, SettingsError, UnavailableError, UnknownModelError
 from app.gone import Gone
 from app.loading import Load, LoadedModel
@@ -189,6 +189,7 @@ class Repository:
         load: Load,
         selection: Selection = THE_LATEST,
         patience_s: float = 60.0,
+        board: Board | None = None,
     ) -> None:
         """Enter the models; `refresh` loads them.
 
@@ -200,6 +201,7 @@ class Repository:
             load: opens a version.
             selection: which versions are served where a model's folder does not say it.
             patience_s: how long a request may hold a version that has been replaced, seconds; then it is closed.
+            board: of all workers; None: this one is alone.
         """
         self.shelf = shelf
         self.default = default
@@ -213,7 +215,7 @@ class Repository:
         self._patience_s = patience_s
         self._served: dict[tuple[str | None, str | None], LoadedModel] = {}
         self._retiring: list[_Retirement] = []
-        self._gone = Gone(metrics)
+        self._gone = Gone(metrics, board)
         self._on_retired: Callable[[], None] = lambda: None
         for folder in folders:
             entry = Entry(folder.name, folder.path, active=folder.version)

@@ -112,6 +112,7 @@ class Service:
             load=self._load_version,
             selection=Selection.parse(settings.versions),
             patience_s=settings.request_timeout_ms / 1000 + PATIENCE_S,
+            board=board,
         )
         self.operations = Operations(self.repository, board, self.page, self.metrics.pages, watch_s=settings.watch_s)
         admission = Admission(

@@ -1,5 +1,6 @@
 """What has gone is shown for a while, and gives its place to others."""
 
+import os
 import threading
 import time
 
@@ -7,6 +8,7 @@ import pytest
 
 from app import pages
 from app.admission import Admission, Limits
+from app.board import Board
 from app.gone import SHOWN_GONE, Gone
 from app.journal import Journal, Trace
 from app.metrics import Metrics, ModelMetrics
@@ -189,3 +191,52 @@ def test_two_threads_that_show_a_series_at_once_hold_one_child_which_is_let_go()
     for child in children:
         child.inc()
     assert other.get() == 0
+
+
+@pytest.fixture
+def workers():
+    """Two workers' numbers, and their boards, over one memory."""
+    memory = pages.create_shared(2)
+    shared = pages.open_shared(memory)
+    for page in shared:
+        page.take_over(os.getpid())
+    yield [
+        (Metrics(page, shared, pages.open_common(memory)), Board(pages.open_common(memory), memory)) for page in shared
+    ]
+    os.close(memory)
+
+
+def test_what_one_worker_has_forgotten_is_not_the_sum_of_the_others(workers):
+    (one, board), (other, other_board) = workers
+    board.join("")
+    first, second = Gone(one, board), Gone(other, other_board)
+    names = [f"m{number}" for number in range(SHOWN_GONE + 1)]
+    for name in names:
+        for metrics, gone in ((one, first), (other, second)):
+            used(metrics, name)
+            gone.settle({name: ["1"]})
+    assert names_in(one) == set(names)
+    first.settle({})
+    assert names_in(one) == names_in(other) == set(names[1:])
+    second.settle({})
+    # One that has just been started has seen nothing go, and keeps to what is hidden already.
+    Gone(one, board).settle({})
+    assert names_in(other) == set(names[1:])
+    for metrics, gone in ((one, first), (other, second)):
+        used(metrics, names[0])
+        gone.settle({names[0]: ["1"]})
+    assert samples(one)['convoy_images_total{model="m0",version="1"}'] == 2, "it is there again, and counts from 0"
+
+
+def test_a_version_that_one_worker_has_forgotten_is_hidden_and_stays_in_the_sums(workers):
+    (one, board), (other, _) = workers
+    board.join("")
+    for metrics in (one, other):
+        for version in range(1, SHOWN_GONE + 3):
+            used(metrics, "m", str(version))
+    Gone(one, board).settle({"m": [str(SHOWN_GONE + 2)]})
+    for metrics in (one, other):
+        shown = samples(metrics)
+        assert 'convoy_images_total{model="m",version="1"}' not in shown
+        assert shown['convoy_images_total{model="m",version="2"}'] == 2
+        assert shown['convoy_stage_duration_seconds_count{model="m",stage="infer"}'] == 2 * (SHOWN_GONE + 2)
