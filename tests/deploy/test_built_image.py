@@ -41,6 +41,7 @@ SERVES = pytest.mark.skipif(TARGET == "train", reason="the image that trains ser
 TRAINS = pytest.mark.skipif(TARGET != "train", reason="only the image for training trains")
 SOMEBODY = 54321
 # The images without their models: what a pull takes must not grow unnoticed.
+WHITEOUT = ".wh."
 LARGEST_MB = {"cpu": 330, "gpu": 3000, "train": 6000}
 FOR_ALL_TO_WRITE = {"cpu": {"tmp"}, "gpu": {"tmp"}, "train": {"tmp", "run/lock", "var/tmp"}}
 SHELLS = {"sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "mksh", "rbash", "tcsh", "toybox", "zsh"}
@@ -82,6 +83,14 @@ class Image:
         return dict(line.split("=", 1) for line in self.config["Env"])
 
 
+def remove(path: Path) -> None:
+    """Take away what a layer says is gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module")
 def image(root) -> Image:
     """Build it as anybody would, and unpack it: its layers upon one another, as a container's root."""
@@ -98,7 +107,11 @@ def image(root) -> Image:
         for layer in manifest["Layers"]:
             with tarfile.open(fileobj=whole.extractfile(layer)) as files:
                 attributes.update(name for file in files for name in file.pax_headers if "xattr" in name)
-                files.extractall(unpacked, filter="fully_trusted")
+                whiteouts = [Path(file.name) for file in files if Path(file.name).name.startswith(WHITEOUT)]
+                for gone in whiteouts:
+                    remove(unpacked / gone.parent / gone.name.removeprefix(WHITEOUT))
+                kept = [file for file in files if Path(file.name) not in whiteouts]
+                files.extractall(unpacked, kept, filter="fully_trusted")
     return Image(archive, unpacked, config, attributes)
 
 
