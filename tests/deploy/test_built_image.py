@@ -489,7 +489,9 @@ def test_no_training_on_a_gpu_that_is_not_there(bench):
 @TRAINS
 def test_two_processes_train_together(bench):
     """By torchrun, as the Job of k8s/components/training has it."""
-    torchrun = ["torchrun", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    # A runtime would write the host's name into /etc/hosts; here it may resolve to nothing.
+    torchrun = ["torchrun", "--nproc-per-node=2", "--local-addr=127.0.0.1", *meeting]
     trained = bench.does(
         *torchrun, "-m", "training.cli", "train", "--data=/data", "--name=drawn", "--runs-dir=/out/runs",
         "--cache-dir=/tmp/cache", "--epochs=1", "--batch-size=8",
