@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -198,6 +198,9 @@ def running(image: Image, log: Path, volume: Path | None = None, **settings: obj
         container.start_s = time.monotonic() - started
         yield container
     finally:
+        # The kernel forgets unshare's --kill-child when the user changes: the container would go on.
+        with suppress(ValueError, FileNotFoundError, ProcessLookupError):
+            os.kill(container.first, signal.SIGKILL)
         process.kill()
         process.wait()
 
