@@ -146,6 +146,18 @@ def test_dashboards_are_what_their_source_says():
     assert files == made, "run make dashboards"
 
 
+def test_a_first_start_alerts_nobody_for_as_long_as_tensorrt_may_take(root, rules):
+    def probe(folder: str) -> dict[str, Any]:
+        pod = yaml.safe_load((root / f"k8s/{folder}/deployment.yaml").read_text())["spec"]["template"]["spec"]
+        [container] = pod["containers"]
+        return container["startupProbe"]
+
+    allowed = {**probe("base"), **probe("overlays/gpu-tensorrt")}
+    minutes = allowed["periodSeconds"] * allowed["failureThreshold"] // 60
+    borne = {rule["alert"]: re.findall(r"offset (\w+)", rule["expr"]) for rule in rules if "alert" in rule}
+    assert borne["ConvoyNoneReady"] == borne["ConvoyNotReady"] == [f"{minutes}m"]
+
+
 def test_the_service_and_the_rules_mean_the_same_predictions(server, rules):
     [wanted] = set(re.findall(r'route=~"([^"]*)"', " ".join(rule["expr"] for rule in rules)))
     assert f'route=~"{wanted}"' == written().PREDICTIONS
